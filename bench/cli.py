@@ -1,0 +1,208 @@
+"""The command line: verbs and options only. Torch is imported by the verbs that need it, never here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bench.errors import BenchError
+
+app = typer.Typer(
+    help="Compare PEFT methods for multi-task dense vision: parameters, memory, time and accuracy.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+errors = Console(stderr=True, soft_wrap=True)
+
+
+def one_line_errors(verb: Callable[..., None]) -> Callable[..., None]:
+    """What the user can put right is one line and exit code 2; an interrupt is 130."""
+
+    @wraps(verb)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            verb(*args, **kwargs)
+        except KeyboardInterrupt:
+            errors.print("[yellow]interrupted[/yellow]; the same command goes on where this one stopped")
+            raise typer.Exit(130) from None
+        except (BenchError, ValueError) as error:
+            if not isinstance(error, BenchError) and type(error).__name__ != "MethodError":
+                raise
+            errors.print(f"[red]error:[/red] {escape(str(error))}")
+            raise typer.Exit(2) from None
+
+    return wrapped
+
+
+@app.command()
+@one_line_errors
+def run(
+    methods: Annotated[
+        str | None, typer.Option(help="Expressions, e.g. 'ours,mtlora[rank=16]', grids 'ours[r=2|4|8]', or 'all'.")
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Short or timm names, comma-separated. [default: swin_tiny]")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="A card's name or a path to a YAML card. [default: scenes]")
+    ] = None,
+    data_root: Annotated[Path | None, typer.Option(help="Folder that the card's files lie in.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Comma-separated subset of the card's tasks. [default: all]")
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="published: each paper's own decoder; equal: one for all. [default: published]")
+    ] = None,
+    decoder: Annotated[str | None, typer.Option(help="segformer or hrnet, in place of the protocol's choice.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A recipe's name or a path to a YAML file. [default: quick]")
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="A named grid of cells; other options override its settings.")
+    ] = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="448, or HEIGHTxWIDTH. [default: the recipe's, else the card's]")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="[default: the recipe's]")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Train this many epochs.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=0, help="Train this many steps; 0 measures efficiency alone.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, tf32, bf16 or fp16. [default: fp32]")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Comma-separated. [default: 0]")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="auto, timm, random or a checkpoint file. [default: auto]")
+    ] = None,
+    limit_train: Annotated[
+        int | None, typer.Option(min=1, help="Use this many training images, evenly spaced.")
+    ] = None,
+    limit_val: Annotated[
+        int | None, typer.Option(min=1, help="Use this many validation images, evenly spaced.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Loader processes. [default: none on a CPU, up to 8 on a GPU]")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where records go.")] = Path("runs"),
+    retry: Annotated[bool, typer.Option("--retry", help="Run failed cells again.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and stop.")] = False,
+) -> None:
+    """Train, measure and evaluate; one record a cell. What has been done already is not done again."""
+    from bench import grid, sweep
+
+    console = Console()
+    given = {
+        "methods": methods, "backbone": backbone, "dataset": dataset, "tasks": tasks, "protocol": protocol,
+        "decoder": decoder, "recipe": recipe, "image_size": image_size, "batch_size": batch_size, "epochs": epochs,
+        "steps": steps, "precision": precision, "seeds": seeds, "weights": weights, "limit_train": limit_train,
+        "limit_val": limit_val,
+    }  # fmt: skip
+    jobs = grid.jobs(suite, {k: v for k, v in given.items() if v is not None}, data_root, device, workers, out)
+    if dry_run:
+        _print_cells(jobs, console)
+        return
+    random = any(job.spec.weights == "random" for job in jobs)
+    if random:
+        _warn_random(console)
+    results = sweep.run_all(jobs, console, retry)
+    bad = [result for result in results if result.status != "ok"]
+    if random:
+        _warn_random(console)
+    folder = "" if out == Path("runs") else f" {out}"
+    console.print(f"{len(results) - len(bad)} of {len(results)} cells ok; `bench report{folder}` prints the tables")
+    if bad:
+        raise typer.Exit(1)
+
+
+@app.command()
+@one_line_errors
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of records.")] = Path("runs"),
+    reference: Annotated[
+        str | None, typer.Option(help="Delta-m against this method, not the single-task baseline.")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="Where to write markdown and CSV. [default: FOLDER/report]")] = None,
+) -> None:
+    """Tables 1 and 2 from records, beside the published figures; also as markdown and CSV."""
+    from bench.report import render
+
+    render.report(folder, save, reference, Console())
+
+
+@app.command()
+@one_line_errors
+def show(
+    record: Annotated[str, typer.Argument(help="A record's path, or the first digits of its hash.")],
+    folder: Annotated[Path, typer.Option("--folder", help="Where to look for a hash.")] = Path("runs"),
+) -> None:
+    """One record in full."""
+    from bench.report import render
+
+    render.show(record, folder, Console())
+
+
+@app.command("list")
+@one_line_errors
+def list_(what: Annotated[str, typer.Argument(help="methods, backbones, datasets, recipes or suites")]) -> None:
+    """What can be asked for by name."""
+    from bench import listing
+
+    Console().print(listing.table(what))
+
+
+def _print_cells(jobs: list, console: Console) -> None:
+    from bench import sweep
+
+    table = Table(title=f"{len(jobs)} cells")
+    for heading in (
+        "method",
+        "backbone",
+        "dataset",
+        "protocol",
+        "recipe",
+        "size",
+        "batch",
+        "length",
+        "precision",
+        "weights",
+        "seed",
+        "hash",
+        "state",
+    ):
+        table.add_column(heading, overflow="fold")
+    for job in jobs:
+        spec = job.spec
+        length = f"{spec.epochs} epochs" if spec.epochs else f"{spec.steps} steps"
+        known = sweep.finished(job)
+        row = (
+            escape(spec.method), spec.backbone, spec.dataset, spec.protocol, spec.recipe_name,
+            "x".join(map(str, spec.image_size)), str(spec.batch_size), length, spec.precision,
+            spec.weights[:13], str(spec.seed), spec.hash, known.status if known else "new",
+        )  # fmt: skip
+        table.add_row(*row)
+    console.print(table)
+
+
+def _warn_random(console: Console) -> None:
+    console.print(
+        "[bold white on red] RANDOM BACKBONE WEIGHTS [/] accuracy from a random frozen backbone means little; "
+        "parameters, memory and time still hold. Pretrained ones: --weights timm or --weights PATH"
+    )
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""From a dataset card to batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from bench.data import card as cards
+from bench.data import decode, scenes, transforms
+from bench.data.card import Card
+from bench.errors import BenchError
+from bench.recipe import Augment
+
+Key = tuple[int, int]  # (epoch, index): what an augmented sample depends on, besides the seed
+
+
+class DenseDataset(Dataset):
+    """Samples of one split at `size`; with `augment`, sample (epoch, i) depends on seed, epoch and i alone."""
+
+    def __init__(
+        self,
+        card: Card,
+        split: Literal["train", "val"],
+        tasks: tuple[str, ...],
+        size: tuple[int, int],
+        root: Path | None = None,
+        limit: int | None = None,
+        augment: Augment | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.card, self.tasks, self.size, self.root = card, tasks, size, root
+        self.names = cards.ids(card, split, root, limit)
+        cards.check_files(card, root, self.names, tasks)
+        self.augment, self.seed = augment, seed
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, key: int | Key) -> transforms.Sample:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        sample = transforms.to_tensors(self._read(self.names[index]))
+        if self.augment is not None:
+            generator = torch.Generator().manual_seed(hash((self.seed, epoch, index)) % 2**63)
+            sample = transforms.augment(sample, self.augment, generator)
+        return transforms.resize(sample, self.size)
+
+    def _read(self, name: str) -> dict:
+        wanted = ("image", *self.tasks)
+        if self.card.source == "scenes":
+            scene = scenes.render(self.card.seed, int(name), self.size)
+            return {key: scene[key] for key in wanted}
+        root = cards.require_root(self.card, self.root)
+        arrays = {"image": decode.read_image(root / self.card.image.format(id=name))}
+        for task in self.tasks:
+            path = root / self.card.tasks[task].path.format(id=name)
+            arrays[task] = decode.read_label(task, self.card.tasks[task], path)
+            if arrays[task].shape[:2] != arrays["image"].shape[:2]:
+                raise BenchError(
+                    f"{path}: label is {arrays[task].shape[:2]}, its image {arrays['image'].shape[:2]} (height, width)"
+                )
+        return arrays
+
+
+def steps_per_epoch(samples: int, batch_size: int) -> int:
+    """Whole batches of an epoch; a set smaller than a batch is one smaller batch."""
+    return max(1, samples // batch_size)
+
+
+class ShuffledBatches(Sampler[list[Key]]):
+    """Batches `start`..`stop - 1` of an endless shuffled stream. Batch s is the same wherever the stream starts."""
+
+    def __init__(self, samples: int, batch_size: int, start: int, stop: int, seed: int) -> None:
+        self.samples, self.batch_size, self.start, self.stop, self.seed = samples, batch_size, start, stop, seed
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        per_epoch = steps_per_epoch(self.samples, self.batch_size)
+        order, order_of = [], -1
+        for step in range(self.start, self.stop):
+            epoch, position = divmod(step, per_epoch)
+            if epoch != order_of:
+                generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2**63)
+                order, order_of = torch.randperm(self.samples, generator=generator).tolist(), epoch
+            chosen = order[position * self.batch_size : (position + 1) * self.batch_size]
+            yield [(epoch, index) for index in chosen]
+
+
+def training_batches(
+    dataset: DenseDataset, batch_size: int, start: int, stop: int, workers: int, pin: bool
+) -> DataLoader:
+    sampler = ShuffledBatches(len(dataset), batch_size, start, stop, dataset.seed)
+    return DataLoader(dataset, batch_sampler=sampler, num_workers=workers, pin_memory=pin, persistent_workers=False)
+
+
+def validation_batches(dataset: DenseDataset, batch_size: int, workers: int, pin: bool) -> DataLoader:
+    """In order, the last batch possibly smaller."""
+    return DataLoader(dataset, batch_size=batch_size, num_workers=workers, pin_memory=pin)

@@ -1,0 +1,102 @@
+"""What a row was run on. Nothing here imports torch: versions come from package metadata, GPUs from NVML."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+from bench.record import Provenance
+from bench.resources import ROOT
+
+PACKAGES = ("torch", "timm", "torchvision", "accelerate", "peft", "torchmetrics", "numpy")
+CPU = "cpu"
+
+
+def describe(device: str, device_index: int = 0) -> Provenance:
+    """`device` is "cpu" or a GPU slug; everything that can be known before a cell runs."""
+    kind = "cpu" if device == CPU else "cuda"
+    name, driver, cuda = (cpu_name(), None, None) if kind == "cpu" else gpu(device_index)
+    commit, dirty = git_state()
+    return Provenance(
+        device=kind,
+        device_name=name,
+        driver=driver,
+        cuda=cuda,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_gib=round(total_memory() / 2**30, 1),
+        platform=platform.platform(terse=True),
+        python=platform.python_version(),
+        packages=package_versions(),
+        commit=commit,
+        dirty=dirty,
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def package_versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def cpu_name() -> str:
+    """The processor's model name, or the machine type where the system does not tell."""
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def total_memory() -> int:
+    """Bytes of main memory; 0 where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 0
+
+
+def gpu(index: int = 0) -> tuple[str, str | None, str | None]:
+    """(name, driver version, highest CUDA version) of a GPU by NVML; ('unknown GPU', None, None) without NVML."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(physical_index(index))
+        version = pynvml.nvmlSystemGetCudaDriverVersion()
+        cuda = f"{version // 1000}.{version % 1000 // 10}"
+        return str(pynvml.nvmlDeviceGetName(handle)), str(pynvml.nvmlSystemGetDriverVersion()), cuda
+    except pynvml.NVMLError:
+        return "unknown GPU", None, None
+
+
+def physical_index(index: int) -> int:
+    """NVML counts all GPUs; CUDA_VISIBLE_DEVICES may have hidden some from the program."""
+    visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip().isdigit()]
+    return int(visible[index]) if index < len(visible) else index
+
+
+def slug(name: str) -> str:
+    """'NVIDIA H200' -> 'nvidia-h200'."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def git_state() -> tuple[str | None, bool | None]:
+    """Commit and dirty flag of the source tree; (None, None) for an installed package."""
+    if not (ROOT / ".git").exists():
+        return None, None
+    try:
+        commit, status = (
+            subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True, timeout=10, check=True).stdout
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+    return commit.strip(), bool(status.strip())

@@ -1,0 +1,79 @@
+"""A recipe says how to train: optimizer, schedule, augmentation, loss weights, how long. A YAML file each."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from bench import yamlfile
+
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Optimizer(Strict):
+    name: Literal["adamw", "adam", "sgd"]
+    lr: Positive
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    momentum: Fraction = 0.9  # sgd only
+    base_batch_size: Annotated[int, Field(gt=0)] | None = None  # lr is quoted at this batch size and scales with it
+    decay_one_dimensional: bool = True  # False exempts biases, norms and gates from weight decay
+
+
+class Schedule(Strict):
+    """Learning rate as a function of the step. Fractions are of the base rate; `warmup` of the whole run."""
+
+    name: Literal["constant", "linear", "cosine", "poly"]
+    warmup: Fraction = 0.0
+    warmup_start: Fraction = 0.0
+    final: Fraction = 0.0
+    power: Positive = 0.9  # poly only
+
+
+class Augment(Strict):
+    """Training augmentation. Angles in degrees; an angle and a factor are drawn uniformly from the ranges."""
+
+    hflip: Fraction = 0.5
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    scale: tuple[Positive, Positive] = (1.0, 1.0)
+
+
+class Measure(Strict):
+    """How many full training steps the efficiency figures rest on."""
+
+    warmup: Annotated[int, Field(ge=0)] = 3
+    steps: Annotated[int, Field(ge=1)] = 10
+
+
+class Recipe(Strict):
+    title: str
+    source: str = ""  # paper and section that the settings come from
+    optimizer: Optimizer
+    schedule: Schedule
+    batch_size: Annotated[int, Field(gt=0)]
+    epochs: Annotated[int, Field(gt=0)] | None = None
+    steps: Annotated[int, Field(ge=0)] | None = None
+    clip_norm: Positive | None = None
+    loss_weights: dict[str, Positive]
+    augment: Augment = Augment()
+    measure: Measure = Measure()
+    image_size: tuple[int, int] | None = None  # (height, width); else the dataset card's
+    limit_train: Annotated[int, Field(gt=0)] | None = None
+    limit_val: Annotated[int, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Recipe:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of epochs and steps")
+        return self
+
+
+def load(name: str) -> Recipe:
+    """A built-in recipe by name, or a YAML file by path."""
+    return yamlfile.load(yamlfile.find("recipes", name), Recipe)

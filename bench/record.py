@@ -1,0 +1,193 @@
+"""A Record is what one cell leaves behind: a JSON file that a person can read, diff and merge.
+
+Written atomically, found again by the content hash of its spec. No torch here: reports read records without it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bench.errors import BenchError
+from bench.spec import RunSpec
+
+SCHEMA = 1
+Status = Literal["ok", "out_of_memory", "diverged", "failed", "interrupted"]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class MethodInfo(Part):
+    """What the registry says of the cell's method, copied so that reports need no registry."""
+
+    name: str
+    title: str
+    family: str
+    citation: str = ""
+    options: dict[str, Any] = {}
+    published_row: str | None = None  # the row of the papers' tables that these options stand for
+
+
+class Failure(Part):
+    kind: str  # exception class or "signal"
+    message: str
+    traceback: str = ""
+
+
+class Weights(Part):
+    """Where the frozen backbone's weights came from."""
+
+    source: Literal["timm", "file", "random"]
+    name: str = ""  # timm tag or file name
+    sha256: str = ""  # of the file, where there is one
+
+    @property
+    def random(self) -> bool:
+        return self.source == "random"
+
+
+class Provenance(Part):
+    """What the row was run on."""
+
+    device: Literal["cpu", "cuda"]
+    device_name: str  # GPU or CPU model
+    driver: str | None = None
+    cuda: str | None = None
+    cores: int
+    memory_gib: float
+    platform: str
+    python: str
+    packages: dict[str, str]
+    commit: str | None = None
+    dirty: bool | None = None
+    data_fingerprint: str = ""
+    weights: Weights | None = None
+    started: str = ""  # ISO 8601, UTC
+    seconds: float | None = None
+
+
+class Parameters(Part):
+    """The trainable-parameter ledger. #TP = trainable = adaptation + backbone + decoder = shared + per_task."""
+
+    total: int
+    trainable: int
+    adaptation: int
+    backbone: int
+    decoder: int
+    shared: int
+    per_task: int
+
+
+class Memory(Part):
+    """Peaks of a full training step, in bytes; evaluation is never in them.
+
+    On CUDA the allocator's peaks; on a CPU only the process's resident set, which holds everything.
+    """
+
+    device: Literal["cpu", "cuda"]
+    peak_allocated: int | None = None
+    peak_reserved: int | None = None
+    weights_allocated: int | None = None
+    process_peak: int | None = None
+
+
+class Time(Part):
+    """Seconds a batch of full training steps, warm-up excluded; every sample kept."""
+
+    device: Literal["cpu", "cuda"]
+    warmup: int
+    samples: list[float] = Field(min_length=1)
+    batch_size: int
+
+    @property
+    def median(self) -> float:
+        ordered = sorted(self.samples)
+        half = len(ordered) // 2
+        return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+class Record(Part):
+    schema_version: int = Field(SCHEMA, alias="schema")
+    status: Status
+    spec: RunSpec
+    method: MethodInfo
+    failure: Failure | None = None
+    provenance: Provenance | None = None
+    parameters: Parameters | None = None
+    memory: Memory | None = None
+    time: Time | None = None
+    metrics: dict[str, dict[str, float | None]] = {}  # task -> metric key -> value; None where nothing was valid
+    per_class: dict[str, dict[str, float | None]] = {}  # task -> class name -> IoU in percent; None where absent
+    loader_wait: float | None = None  # seconds the training loop waited for data, in all
+    history: list[dict[str, float]] = []  # step, loss, lr, loss of each task
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    def path(self, out: Path) -> Path:
+        return out / self.spec.relative_path()
+
+    def write(self, out: Path) -> Path:
+        """Write atomically under `out`: readers see the old file or the new one, never half of one."""
+        path = self.path(out)
+        text = json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False)
+        write_atomically(path, text + "\n")
+        return path
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Raises BenchError where the folder cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(name, path)
+    except OSError as error:
+        raise BenchError(f"cannot write {path}: {error.strerror}; choose another folder") from error
+
+
+def read(path: Path) -> Record:
+    """Read one record. Raises BenchError in one line for a file that is no (whole) record of this schema."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BenchError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise BenchError(f"{path} is not a whole JSON record ({error}); delete it and run the cell again") from error
+    version = data.get("schema") if isinstance(data, dict) else None
+    if not isinstance(version, int):
+        raise BenchError(f"{path} is not a bench record (no 'schema' number)")
+    if version > SCHEMA:
+        raise BenchError(f"{path} has schema {version}, newer than this program's {SCHEMA}; update bench")
+    try:
+        return Record.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BenchError(f"{path} is not a valid record: {where}: {first['msg']}") from error
+
+
+@dataclass(frozen=True)
+class Found:
+    """A record and the file it came from."""
+
+    path: Path
+    record: Record
+
+
+def scan(folder: Path) -> Iterator[Found | BenchError]:
+    """Every record under `folder`, in path order; an unreadable file is yielded as its error, never fatal."""
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            yield Found(path, read(path))
+        except BenchError as error:
+            yield error

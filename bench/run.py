@@ -1,0 +1,199 @@
+"""One cell, from spec to record, in a process of its own: `python -m bench.run JOB.json`.
+
+Progress goes to standard output as one JSON object a line; everything else that is printed goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from bench.data import card as cards
+from bench.errors import BenchError
+from bench.measure import provenance
+from bench.record import Failure, MethodInfo, Parameters, Record, Status, Weights
+from bench.spec import Job
+
+Emit = Callable[..., None]
+
+
+def method_info(expression: str) -> MethodInfo:
+    """What a report needs to know of a method, from its canonical expression."""
+    from methods.registry import parse
+
+    (configured,) = parse(expression)
+    method = configured.method
+    return MethodInfo(
+        name=method.name,
+        title=configured.title,
+        family=method.family,
+        citation=method.citation,
+        options=configured.changed(),
+        published_row=configured.published_row,
+    )
+
+
+def run_cell(job: Job, record: Record, emit: Emit) -> None:
+    """Fill `record` as far as the cell gets: parameters, memory and time, then training and metrics."""
+    import torch
+    from accelerate import Accelerator
+
+    from bench.data.loader import DenseDataset, steps_per_epoch
+    from bench.measure.profile import measure, synthetic_batch
+    from bench.train.loop import Trainer, evaluate, train
+    from methods.backbones.load import WeightSource, load_backbone
+    from methods.model import MultiTaskModel, Setting
+    from methods.registry import parse
+
+    spec, recipe = job.spec, job.spec.recipe
+    on_gpu = spec.device_kind == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise BenchError("a CUDA device was asked for, but torch sees none")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = spec.precision == "tf32"
+    mixed = spec.precision if spec.precision in ("bf16", "fp16") else "no"
+    accelerator = Accelerator(mixed_precision=mixed, cpu=not on_gpu)
+
+    card = cards.load(job.card)
+    channels = card.channels(spec.tasks)
+    (configured,) = parse(spec.method)
+    source = "file" if spec.weights.startswith("file:") else spec.weights
+    weights = WeightSource(source, job.weights_path, spec.weights.partition(":")[2])
+    name = job.weights_path.name if job.weights_path else spec.backbone if source == "timm" else ""
+    record.provenance.weights = Weights(source=source, name=name, sha256=weights.sha256)
+
+    def build() -> MultiTaskModel:
+        # The seed is set before the backbone is made: random backbone weights are the same for every method.
+        torch.manual_seed(spec.seed)
+        backbone = load_backbone(spec.backbone, spec.image_size, weights)
+        return configured.build(backbone, channels, Setting(spec.protocol, spec.decoder))
+
+    emit("phase", name="measure")
+    model = build()
+    ledger = model.ledger()
+    record.parameters = Parameters(
+        total=ledger.total,
+        trainable=ledger.trainable,
+        adaptation=ledger.adaptation,
+        backbone=ledger.backbone,
+        decoder=ledger.decoder,
+        shared=ledger.shared,
+        per_task=ledger.per_task,
+    )
+    trainer = Trainer(model, recipe, spec.batch_size, recipe.measure.warmup + recipe.measure.steps, accelerator)
+    batch = synthetic_batch(channels, spec.image_size, spec.batch_size, accelerator.device)
+    record.memory, record.time = measure(
+        trainer, batch, recipe.measure, lambda step, total: emit("step", step=step, total=total)
+    )
+    if spec.steps == 0:
+        return
+    del trainer, model, batch
+    accelerator.free_memory()
+
+    train_set = DenseDataset(
+        card, "train", spec.tasks, spec.image_size, job.data_root, spec.limit_train, recipe.augment, spec.seed
+    )
+    total_steps = spec.steps or spec.epochs * steps_per_epoch(len(train_set), spec.batch_size)
+    emit("phase", name="train")
+    trainer = Trainer(build(), recipe, spec.batch_size, total_steps, accelerator)
+    torch.manual_seed(spec.seed)
+    progress = train(
+        trainer,
+        train_set,
+        spec.batch_size,
+        job.workers,
+        job.checkpoint_path,
+        job.checkpoint_seconds,
+        lambda step, total, loss: emit("step", step=step, total=total, loss=loss),
+    )
+    record.history, record.loader_wait = progress.history, progress.loader_wait
+
+    emit("phase", name="evaluate")
+    val_set = DenseDataset(card, "val", spec.tasks, spec.image_size, job.data_root, spec.limit_val)
+    values, per_class = evaluate(
+        trainer.model,
+        val_set,
+        channels,
+        spec.batch_size,
+        job.workers,
+        accelerator,
+        lambda step, total: emit("step", step=step, total=total),
+    )
+    record.metrics = {
+        task: {key: value if math.isfinite(value) else None for key, value in figures.items()}
+        for task, figures in values.items()
+    }
+    record.per_class = {
+        task: dict(zip(card.tasks[task].classes, values, strict=True)) for task, values in per_class.items()
+    }
+
+
+def blank_record(job: Job) -> Record:
+    """A record that says what was to be run and where, before it has run."""
+    about = provenance.describe(job.spec.device, job.device_index)
+    about.data_fingerprint = job.spec.data_fingerprint
+    return Record(status="interrupted", spec=job.spec, method=method_info(job.spec.method), provenance=about)
+
+
+def classify(error: BaseException) -> tuple[Status, Failure]:
+    """An exception as a record's status and failure."""
+    text = str(error).strip()
+    kind = type(error).__name__
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", Failure(
+            kind=kind, message="interrupted; the same command goes on from the last checkpoint"
+        )
+    trace = "".join(traceback.format_exception(error))
+    memory = kind == "OutOfMemoryError" or isinstance(error, MemoryError)
+    if memory or (isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)):
+        return "out_of_memory", Failure(kind=kind, message=_first_line(text) or "out of memory", traceback=trace)
+    if kind == "DivergedError":
+        return "diverged", Failure(kind=kind, message=text)
+    if kind in ("BenchError", "MethodError"):
+        # From a loader's worker process the message comes wrapped in that process's traceback.
+        return "failed", Failure(kind=kind, message=text.splitlines()[-1].removeprefix("bench.errors.BenchError: "))
+    return "failed", Failure(kind=kind, message=_first_line(text) or kind, traceback=trace)
+
+
+def _first_line(text: str) -> str:
+    return text.splitlines()[0] if text else ""
+
+
+def main() -> None:
+    job = Job.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    channel = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+
+    def emit(event: str, **values: Any) -> None:
+        channel.write(json.dumps({"event": event, **values}) + "\n")
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    started = time.monotonic()
+    with redirect_stdout(sys.stderr):
+        record = blank_record(job)
+        try:
+            run_cell(job, record, emit)
+            record.status = "ok"
+        except (Exception, KeyboardInterrupt) as error:
+            record.status, record.failure = classify(error)
+        record.provenance.seconds = round(time.monotonic() - started, 1)
+        record.write(job.out)
+    if record.status == "ok":
+        job.checkpoint_path.unlink(missing_ok=True)
+    emit("done", status=record.status)
+    sys.exit(130 if record.status == "interrupted" else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""RunSpec names one cell of a comparison completely; its content hash is how a finished cell is found again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from bench.recipe import Recipe
+
+Protocol = Literal["published", "equal"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+
+
+class RunSpec(BaseModel):
+    """Everything that decides a cell's figures, and nothing else: no paths, no progress settings.
+
+    `steps == 0` asks for parameters, memory and time only.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str  # canonical expression, e.g. "bdta_mote[r=2]"
+    backbone: str  # full timm name
+    dataset: str
+    data_fingerprint: str  # of the card, the chosen ids and, for rendered data, the renderer's version
+    tasks: tuple[str, ...]
+    protocol: Protocol
+    decoder: str | None  # None = the protocol's own
+    recipe_name: str
+    recipe: Recipe
+    image_size: tuple[int, int]  # (height, width)
+    batch_size: Annotated[int, Field(gt=0)]
+    epochs: int | None
+    steps: int | None
+    precision: Precision
+    weights: str  # "timm", "random" or "file:<sha256>"
+    limit_train: int | None = None
+    limit_val: int | None = None
+    device: str  # "cpu", or the GPU's name as a slug
+    seed: int
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits of the content. The seed is left out, so that the seeds of a cell sit side by side, and
+        what a recipe is called, since rewording it changes no figure."""
+        names = {"seed": True, "recipe_name": True, "recipe": {"title", "source"}}
+        content = json.dumps(self.model_dump(mode="json", exclude=names), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+    def relative_path(self) -> PurePosixPath:
+        return PurePosixPath(self.device, self.dataset, self.backbone, self.method, f"{self.hash}-s{self.seed}.json")
+
+    @property
+    def device_kind(self) -> Literal["cpu", "cuda"]:
+        return "cpu" if self.device == "cpu" else "cuda"
+
+
+class Job(BaseModel):
+    """A RunSpec and where its inputs and outputs lie on this machine."""
+
+    spec: RunSpec
+    out: Path
+    card: str  # card name or path
+    data_root: Path | None = None
+    weights_path: Path | None = None
+    device_index: int = 0
+    workers: int = 0
+    checkpoint_seconds: float = 60.0
+
+    @property
+    def record_path(self) -> Path:
+        return self.out / self.spec.relative_path()
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.record_path.with_suffix(".safetensors")
+
+    @property
+    def log_path(self) -> Path:
+        return self.record_path.with_suffix(".log")

@@ -1,0 +1,170 @@
+"""Cells one after the other, each in a fresh process; what has been done is found again and not repeated."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from bench import record as records
+from bench.errors import BenchError
+from bench.record import Failure, Record
+from bench.resources import ROOT
+from bench.run import blank_record
+from bench.spec import Job
+
+GRACE_SECONDS = 120  # for a cell to finish its step and write its checkpoint after an interrupt
+
+
+def finished(job: Job, retry: bool = False) -> Record | None:
+    """The record of a cell that need not run again: any but an interrupted one, or with `retry` only one that is ok."""
+    if not job.record_path.is_file():
+        return None
+    try:
+        found = records.read(job.record_path)
+    except BenchError:
+        return None  # half a file, say: the cell runs again and replaces it
+    return found if found.status == "ok" or (found.status != "interrupted" and not retry) else None
+
+
+def check_writable(out: Path) -> None:
+    """Raise BenchError before anything runs if records cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise BenchError(f"cannot write to {out}: {error.strerror}; choose another folder with --out") from error
+
+
+def run_all(jobs: Sequence[Job], console: Console, retry: bool = False) -> list[Record]:
+    """Run what is not done yet and return every cell's record. Raises KeyboardInterrupt after leaving a clean state."""
+    check_writable(jobs[0].out)
+    results: list[Record] = []
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=False) as progress:
+        cells = progress.add_task("cells", total=len(jobs), note="")
+        for job in jobs:
+            label = f"{job.spec.method} · {job.spec.backbone.split('.')[0]} · seed {job.spec.seed}"
+            result = finished(job, retry)
+            if result is None:
+                line = progress.add_task(label, total=None, note="starting")
+                result = _run_one(job, progress, line)
+                progress.remove_task(line)
+                verb = "done"
+            else:
+                verb = "kept"
+            console.print(_summary(label, verb, result, job))
+            results.append(result)
+            progress.advance(cells)
+    return results
+
+
+def _run_one(job: Job, progress: Progress, line: TaskID) -> Record:
+    job.record_path.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    }
+    if job.spec.device_kind == "cuda":
+        visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
+        environment["CUDA_VISIBLE_DEVICES"] = visible[job.device_index] if visible else str(job.device_index)
+        # Without room for fragmentation a card that is nearly full fails where it need not.
+        environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    with tempfile.TemporaryDirectory() as folder, open(job.log_path, "w", encoding="utf-8") as log:
+        request = Path(folder, "job.json")
+        request.write_text(job.model_dump_json(), encoding="utf-8")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "bench.run", str(request)],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on in an orderly way
+        )
+        try:
+            for text in process.stdout:
+                _show(json.loads(text), progress, line)
+            process.wait()
+        except KeyboardInterrupt:
+            progress.update(line, note="stopping after this step")
+            _stop(process)
+            if process.returncode != 130:
+                _crashed(job, process.returncode, "interrupted").write(job.out)
+            raise
+    if process.returncode == 0:
+        job.log_path.unlink(missing_ok=True)
+        return records.read(job.record_path)
+    if process.returncode == 130:  # the cell itself was interrupted, by somebody else's signal
+        return records.read(job.record_path)
+    crashed = _crashed(job, process.returncode, "failed")
+    crashed.write(job.out)
+    return crashed
+
+
+def _stop(process: subprocess.Popen) -> None:
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(GRACE_SECONDS)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C: now
+        process.kill()
+        process.wait()
+
+
+def _crashed(job: Job, code: int, status: records.Status) -> Record:
+    """The record of a process that could not write its own."""
+    record = blank_record(job)
+    log = job.log_path.read_text(encoding="utf-8", errors="replace") if job.log_path.exists() else ""
+    if code < 0:
+        name = signal.Signals(-code).name
+        kernel = "; the system kills so when memory runs out" if name == "SIGKILL" else ""
+        record.failure = Failure(kind="signal", message=f"killed by {name}{kernel}", traceback=log[-4000:])
+    else:
+        last = log.strip().splitlines()[-1] if log.strip() else "no message"
+        record.failure = Failure(kind="exit", message=f"exit code {code}: {last}", traceback=log[-4000:])
+    record.status = status
+    return record
+
+
+def _show(event: dict, progress: Progress, line: TaskID) -> None:
+    if event["event"] == "phase":
+        progress.update(line, note=event["name"], completed=0, total=None)
+    elif event["event"] == "step":
+        values = {"completed": event["step"], "total": event["total"]}
+        if "loss" in event:
+            values["note"] = f"train, loss {event['loss']:.3f}"
+        progress.update(line, **values)
+
+
+def _summary(label: str, verb: str, result: Record, job: Job) -> str:
+    if result.status != "ok":
+        return f"[red]{result.status}[/red] {label}: {result.failure.message if result.failure else ''}".replace(
+            "[/red] ", "[/red]  "
+        )
+    parts = [
+        f"{result.parameters.trainable / 1e6:.2f} M trainable",
+        f"{result.time.median:.3f} s/batch on {result.time.device}",
+    ]
+    return f"[green]{verb}[/green]  {label}: {', '.join(parts)}"

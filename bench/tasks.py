@@ -1,0 +1,72 @@
+"""The six dense tasks as data: how each is scored and which way is better. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of merit.
+
+    `key` names it in records; `title` and `unit` in tables; `higher_is_better` is equation 13's l_k.
+    """
+
+    key: str
+    title: str
+    unit: str
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class Task:
+    """A dense prediction task. `metrics[0]` is the headline figure that enters Delta-m.
+
+    `channels` is the number of output maps; None means that the dataset card's class list decides.
+    `in_papers` is the heading under which the papers' tables print the headline figure, where it differs.
+    """
+
+    name: str
+    title: str
+    metrics: tuple[Metric, ...]
+    channels: int | None = None
+    in_papers: str = ""
+
+    @property
+    def headline(self) -> Metric:
+        return self.metrics[0]
+
+
+MIOU = Metric("mIoU", "mIoU", "%", True)
+
+TASKS: Mapping[str, Task] = {
+    task.name: task
+    for task in (
+        Task("semseg", "SemSeg", (MIOU,)),
+        Task("human_parts", "Human parts", (MIOU,)),
+        Task("saliency", "Saliency", (Metric("max_mIoU", "max mIoU", "%", True),), channels=1, in_papers="mIoU"),
+        # The papers print the MEAN angular error under the heading "RMSE"; here it has its own name.
+        Task("normals", "Normals", (Metric("mean_error", "mean error", "deg", False),), channels=3, in_papers="RMSE"),
+        Task(
+            "depth", "Depth", (Metric("rmse", "RMSE", "m", False), Metric("abs_rel", "abs rel", "", False)), channels=1
+        ),
+        Task("edge", "Edge", (Metric("max_f", "max F, pixelwise", "%", True),), channels=1, in_papers="odsF"),
+    )
+}
+
+
+def delta_m(ours: Mapping[str, float], reference: Mapping[str, float]) -> float:
+    """Mean relative improvement over single-task baselines, in percent (BDTA+MoTE paper, equation 13).
+
+    Both map a task name to its headline figure, for the same tasks. The sign is flipped where lower is better.
+    """
+    if set(ours) != set(reference) or not ours:
+        raise ValueError(f"Delta-m needs the same tasks on both sides: {sorted(ours)} against {sorted(reference)}")
+    if any(reference[task] == 0 for task in ours):
+        raise ValueError("Delta-m is undefined where a reference figure is zero")
+    gains = [
+        (1 if TASKS[task].headline.higher_is_better else -1) * (ours[task] - reference[task]) / reference[task]
+        for task in ours
+    ]
+    return 100 * sum(gains) / len(gains)

@@ -1,0 +1,262 @@
+"""The one training loop and the one evaluation loop, for every method."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bench.data.loader import DenseDataset, training_batches, validation_batches
+from bench.errors import BenchError
+from bench.recipe import Recipe, Schedule
+from bench.train import metrics
+from bench.train.losses import LOSSES
+from methods.model import MultiTaskModel, upsample_logits
+
+
+class DivergedError(RuntimeError):
+    """A loss became NaN or infinite."""
+
+
+def learning_rate(schedule: Schedule, step: int, total: int) -> float:
+    """The factor on the base rate at `step` of `total` (from 0): linear warm-up, then the schedule's own decay."""
+    warmup = schedule.warmup * total
+    if step < warmup:
+        return schedule.warmup_start + (1 - schedule.warmup_start) * step / warmup
+    progress = (step - warmup) / max(total - warmup, 1)
+    if schedule.name == "constant":
+        return 1.0
+    remaining = {
+        "linear": 1 - progress,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "poly": (1 - progress) ** schedule.power,
+    }[schedule.name]
+    return schedule.final + (1 - schedule.final) * remaining
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe, batch_size: int) -> torch.optim.Optimizer:
+    """Over the trainable parameters alone: frozen ones get neither state nor decay."""
+    settings = recipe.optimizer
+    lr = settings.lr * (batch_size / settings.base_batch_size if settings.base_batch_size else 1)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    exempt = [p for p in trainable if p.dim() <= 1 and not settings.decay_one_dimensional]
+    decayed = [p for p in trainable if p.dim() > 1 or settings.decay_one_dimensional]
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": exempt, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if settings.name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=settings.momentum)
+    kind = torch.optim.AdamW if settings.name == "adamw" else torch.optim.Adam
+    return kind(groups, lr=lr, betas=settings.betas)
+
+
+class Trainer:
+    """A model, its optimizer and one optimization step."""
+
+    def __init__(
+        self, model: MultiTaskModel, recipe: Recipe, batch_size: int, total_steps: int, accelerator: Accelerator
+    ) -> None:
+        self.recipe, self.total_steps, self.accelerator = recipe, total_steps, accelerator
+        self.plain_model = model
+        self.model, self.optimizer = accelerator.prepare(model, make_optimizer(model, recipe, batch_size))
+        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.clip_groups = model.clip_groups()
+        self.model.train()
+
+    def step(self, batch: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+        """Forward, losses, backward, clipping, optimizer step. Returns each task's unweighted loss, detached.
+
+        Upsampling, loss and their backward go one task at a time from the decoder's own resolution, and the
+        backward of the model then starts from the collected gradients: the same gradients, without the
+        full-resolution logits of all tasks in memory at once.
+        """
+        factor = learning_rate(self.recipe.schedule, step, self.total_steps)
+        for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = base * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        logits = self.model(batch["image"], upsample=False)
+        losses, leaves = {}, []
+        for task, out in logits.items():
+            leaf = out.detach().requires_grad_()
+            loss = LOSSES[task](upsample_logits(leaf, batch["image"].shape[-2:]), batch[task])
+            self.accelerator.backward(self.recipe.loss_weights[task] * loss)
+            losses[task] = loss.detach()
+            leaves.append(leaf)
+        torch.autograd.backward(list(logits.values()), [leaf.grad for leaf in leaves])
+        if self.recipe.clip_norm is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+            for group in self.clip_groups:
+                nn.utils.clip_grad_norm_(group, self.recipe.clip_norm)
+        self.optimizer.step()
+        return losses
+
+    def total_loss(self, losses: Mapping[str, Tensor]) -> float:
+        return sum(self.recipe.loss_weights[task] * loss.item() for task, loss in losses.items())
+
+
+@dataclass
+class Progress:
+    """What a training run has to show so far; part of its checkpoint."""
+
+    step: int = 0
+    loader_wait: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def train(
+    trainer: Trainer,
+    dataset: DenseDataset,
+    batch_size: int,
+    workers: int,
+    checkpoint: Path,
+    checkpoint_seconds: float,
+    report: Callable[[int, int, float], None],
+) -> Progress:
+    """Train from the last checkpoint, if there is one, to the end. `report(step, total, loss)` is called as it goes.
+
+    An interrupt leaves a checkpoint of the last whole step behind. Raises DivergedError.
+    """
+    progress = load_checkpoint(checkpoint, trainer) if checkpoint.exists() else Progress()
+    total = trainer.total_steps
+    log_every = max(1, total // 100)
+    pin = trainer.accelerator.device.type == "cuda"
+    batches = iter(training_batches(dataset, batch_size, progress.step, total, workers, pin))
+    saved = time.monotonic()
+    try:
+        while progress.step < total:
+            started = time.monotonic()
+            batch = to_device(next(batches), trainer.accelerator.device)
+            waited = time.monotonic() - started
+            with uninterrupted():
+                losses = trainer.step(batch, progress.step)
+                progress.step, progress.loader_wait = progress.step + 1, progress.loader_wait + waited
+                if progress.step % log_every == 0 or progress.step == total:
+                    _log(progress, trainer, losses)
+                    report(progress.step, total, progress.history[-1]["loss"])
+            if time.monotonic() - saved > checkpoint_seconds:
+                save_checkpoint(checkpoint, trainer, progress)
+                saved = time.monotonic()
+    except KeyboardInterrupt:
+        save_checkpoint(checkpoint, trainer, progress)
+        raise
+    return progress
+
+
+def _log(progress: Progress, trainer: Trainer, losses: Mapping[str, Tensor]) -> None:
+    """Append to the history. Raises DivergedError where a loss is not finite."""
+    each = {f"loss/{task}": value.item() for task, value in losses.items()}
+    bad = [name for name, value in each.items() if not math.isfinite(value)]
+    if bad:
+        raise DivergedError(f"{', '.join(bad)} is not finite at step {progress.step}")
+    rate = trainer.optimizer.param_groups[0]["lr"]
+    progress.history.append({"step": progress.step, "loss": trainer.total_loss(losses), "lr": rate, **each})
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold an interrupt back until the block is done, so that no step is cut off half way."""
+    pending: list[int] = []
+    previous = {
+        s: signal.signal(s, lambda number, frame: pending.append(number)) for s in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if pending:
+        raise KeyboardInterrupt
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    dataset: DenseDataset,
+    channels: Mapping[str, int],
+    batch_size: int,
+    workers: int,
+    accelerator: Accelerator,
+    report: Callable[[int, int], None],
+) -> tuple[dict[str, dict[str, float]], dict[str, list[float | None]]]:
+    """Metrics of every task at network resolution, and IoU by class where a task has classes."""
+    device = accelerator.device
+    was_training = model.training
+    model.eval()
+    accumulators = {task: metrics.make(task, n).to(device) for task, n in channels.items()}
+    batches = validation_batches(dataset, batch_size, workers, device.type == "cuda")
+    for index, host_batch in enumerate(batches):
+        batch = to_device(host_batch, device)
+        outputs = model(batch["image"])
+        for task, accumulator in accumulators.items():
+            accumulator.update(outputs[task].float(), batch[task])
+        report(index + 1, len(batches))
+    model.train(was_training)
+    values = {task: accumulator.compute() for task, accumulator in accumulators.items()}
+    return values, {t: a.per_class() for t, a in accumulators.items() if isinstance(a, metrics.MeanIoU)}
+
+
+def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def save_checkpoint(path: Path, trainer: Trainer, progress: Progress) -> None:
+    """Trained tensors, optimizer state and random state, as safetensors, written atomically."""
+    tensors = {f"model/{name}": tensor for name, tensor in trainer.plain_model.trained_state().items()}
+    for index, state in trainer.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{index}/{key}": value for key, value in state.items() if isinstance(value, Tensor)}
+    tensors["rng/cpu"] = torch.get_rng_state()
+    if trainer.accelerator.device.type == "cuda":
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    about = {"step": progress.step, "loader_wait": progress.loader_wait, "history": progress.history}
+    if trainer.accelerator.scaler is not None:
+        about["scaler"] = trainer.accelerator.scaler.state_dict()
+    temporary = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {"bench": json.dumps(about)}
+        )
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise BenchError(f"cannot write checkpoint {path}: {error}") from error
+
+
+def load_checkpoint(path: Path, trainer: Trainer) -> Progress:
+    """Put a trainer back to where `save_checkpoint` left it. Raises BenchError for the checkpoint of another model."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})["bench"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        trainer.plain_model.load_trained_state(_below(tensors, "model/"))
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _below(tensors, "optimizer/").items():
+            index, key = name.split("/")
+            state.setdefault(int(index), {})[key] = tensor
+        groups = trainer.optimizer.state_dict()["param_groups"]
+        trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        torch.set_rng_state(tensors["rng/cpu"])
+        if "rng/cuda" in tensors and trainer.accelerator.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng/cuda"])
+        if trainer.accelerator.scaler is not None and "scaler" in about:
+            trainer.accelerator.scaler.load_state_dict(about["scaler"])
+        return Progress(about["step"], about["loader_wait"], about["history"])
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise BenchError(f"cannot resume from {path}: {error}; delete it to start this cell anew") from error
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,143 @@
+"""Metrics as torchmetrics accumulators: exact over a whole set, a last partial batch and several processes.
+
+Predictions are full-resolution logits (B, C, H, W) in float32. `compute` gives metric key -> value, in the units of
+bench.tasks; mean IoU also keeps `per_class`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from bench.data.decode import IGNORE
+
+SALIENCY_THRESHOLDS = torch.linspace(0.2, 0.9, 15)
+EDGE_BINS = 100
+
+
+class MeanIoU(Metric):
+    """Intersection over union from one confusion matrix over the whole set, in percent.
+
+    Averaged over the classes that occur in prediction or truth; a class that occurs in neither has no IoU.
+    """
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+        self.add_state("confusion", torch.zeros(classes, classes, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, label: Tensor) -> None:
+        valid = label != IGNORE
+        pairs = label[valid] * self.classes + logits.argmax(1)[valid]
+        self.confusion += torch.bincount(pairs, minlength=self.classes**2).view(self.classes, self.classes)
+
+    def per_class(self) -> list[float | None]:
+        """IoU in percent by class index, None for a class that never occurs."""
+        hits = self.confusion.diag().double()
+        union = self.confusion.sum(0) + self.confusion.sum(1) - hits
+        return [100 * (h / u).item() if u > 0 else None for h, u in zip(hits, union, strict=True)]
+
+    def compute(self) -> dict[str, float]:
+        present = [iou for iou in self.per_class() if iou is not None]
+        return {"mIoU": sum(present) / len(present) if present else math.nan}
+
+
+class MaxMeanIoU(Metric):
+    """Saliency: foreground IoU of each image at 15 thresholds, averaged over images; the best threshold's, percent.
+
+    An image without foreground in prediction and truth counts as 1, as in the code family.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(len(SALIENCY_THRESHOLDS), dtype=torch.double), dist_reduce_fx="sum")
+        self.add_state("images", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, label: Tensor) -> None:
+        valid, truth = label != IGNORE, label == 1
+        for i, threshold in enumerate(SALIENCY_THRESHOLDS.tolist()):
+            predicted = (logits[:, 0].sigmoid() > threshold) & valid
+            both = (predicted & truth).flatten(1).sum(1).double()
+            either = (predicted | truth).flatten(1).sum(1).double()
+            self.total[i] += torch.where(either > 0, both / either.clamp_min(1), 1.0).sum()
+        self.images += label.shape[0]
+
+    def compute(self) -> dict[str, float]:
+        return {"max_mIoU": 100 * (self.total.max() / self.images).item() if self.images else math.nan}
+
+
+class NormalsError(Metric):
+    """Mean angle in degrees between predicted and true normals over all valid pixels of the set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0, dtype=torch.double), dist_reduce_fx="sum")
+        self.add_state("pixels", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, label: Tensor) -> None:
+        valid = (label != 0).any(1)
+        # atan2 of cross and dot is exact for small angles, where arccos loses half its digits.
+        cross = torch.linalg.cross(logits, label, dim=1).norm(dim=1)
+        angle = torch.atan2(cross, (logits * label).sum(1)).rad2deg()
+        self.total += angle[valid].double().sum()
+        self.pixels += valid.sum()
+
+    def compute(self) -> dict[str, float]:
+        return {"mean_error": (self.total / self.pixels).item() if self.pixels else math.nan}
+
+
+class DepthError(Metric):
+    """Root mean square error in metres and mean absolute relative error, over all valid pixels of the set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("squared", "relative"):
+            self.add_state(name, torch.tensor(0.0, dtype=torch.double), dist_reduce_fx="sum")
+        self.add_state("pixels", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, label: Tensor) -> None:
+        valid = label > 0
+        truth = label[valid].double()
+        difference = logits[:, 0][valid].double() - truth
+        self.squared += difference.square().sum()
+        self.relative += (difference.abs() / truth).sum()
+        self.pixels += valid.sum()
+
+    def compute(self) -> dict[str, float]:
+        if not self.pixels:
+            return {"rmse": math.nan, "abs_rel": math.nan}
+        return {"rmse": (self.squared / self.pixels).sqrt().item(), "abs_rel": (self.relative / self.pixels).item()}
+
+
+class EdgeF(Metric):
+    """F-measure in percent at the threshold that is best over the whole set, pixel by pixel.
+
+    No matching tolerance: stricter than the odsF of the papers' MATLAB tool, and named apart from it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("positives", "negatives"):
+            self.add_state(name, torch.zeros(EDGE_BINS, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, label: Tensor) -> None:
+        bins = (logits[:, 0].sigmoid() * EDGE_BINS).long().clamp(0, EDGE_BINS - 1)
+        self.positives += torch.bincount(bins[label == 1], minlength=EDGE_BINS)
+        self.negatives += torch.bincount(bins[label == 0], minlength=EDGE_BINS)
+
+    def compute(self) -> dict[str, float]:
+        hits = self.positives.flip(0).cumsum(0).double()  # predicted positive at each threshold, and right
+        false = self.negatives.flip(0).cumsum(0).double()
+        total = self.positives.sum()
+        if not total:
+            return {"max_f": math.nan}
+        return {"max_f": 100 * (2 * hits / (hits + false + total)).max().item()}
+
+
+def make(task: str, channels: int) -> Metric:
+    """The accumulator of a task."""
+    kinds = {"saliency": MaxMeanIoU, "normals": NormalsError, "depth": DepthError, "edge": EdgeF}
+    return kinds[task]() if task in kinds else MeanIoU(channels)

@@ -1,0 +1,190 @@
+"""Backbones by name: short names, timm names, and where their weights come from."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from methods.backbones.base import Backbone
+from methods.backbones.pyramid import PyramidBackbone
+from methods.backbones.swin import SwinBackbone
+from methods.backbones.timm_import import timm
+from methods.registry import MethodError
+
+SHORT_NAMES = {
+    "swin_tiny": "swin_tiny_patch4_window7_224.ms_in1k",
+    "swin_small": "swin_small_patch4_window7_224.ms_in1k",
+    "swin_base": "swin_base_patch4_window7_224.ms_in1k",
+    "swin_tiny_22k": "swin_tiny_patch4_window7_224.ms_in22k",
+    "swin_small_22k": "swin_small_patch4_window7_224.ms_in22k",
+    "swin_base_22k": "swin_base_patch4_window7_224.ms_in22k",
+}
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Where a backbone's weights come from; `sha256` is of the file, where there is one."""
+
+    source: Literal["timm", "file", "random"]
+    path: Path | None = None
+    sha256: str = ""
+
+
+def full_name(name: str) -> str:
+    """A short name or a timm model name (tag optional) -> the full timm name with its tag.
+
+    Raises MethodError with a near miss for a name that timm does not know.
+    """
+    name = SHORT_NAMES.get(name, name)
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        known = [*SHORT_NAMES, *timm.list_models()]
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise MethodError(f"unknown backbone {name!r}{hint}; `bench list backbones` shows the short names")
+    tags = timm.models.get_pretrained_cfgs_for_arch(architecture) if not tag else ()
+    if tag and timm.get_pretrained_cfg(name, allow_unregistered=False) is None:
+        known = ", ".join(timm.list_pretrained(f"{architecture}*")) or "none"
+        raise MethodError(f"backbone {architecture!r} has no pretrained tag {tag!r}; known: {known}")
+    if not tag and tags:
+        config = timm.get_pretrained_cfg(architecture)
+        return f"{architecture}.{config.tag}" if config is not None and config.tag else architecture
+    return name
+
+
+def pretrained_reachable(name: str, timeout: float = 5.0) -> bool:
+    """Whether timm's pretrained weights of a full name lie in the local cache or the model hub answers for them.
+
+    One request with a short timeout: the hub client's own retries take most of a minute where there is no network.
+    """
+    from huggingface_hub import hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        return False
+    if config.hf_hub_id is None:
+        return True  # served from elsewhere; timm will say if it cannot be had
+    repository = config.hf_hub_id
+    if isinstance(try_to_load_from_cache(repository, "model.safetensors"), str):
+        return True
+    if HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE") == "1":
+        return False
+    request = urllib.request.Request(hf_hub_url(repository, "model.safetensors"), method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            return answer.status < 400
+    except (urllib.error.URLError, OSError, ValueError):
+        return False
+
+
+def resolve_weights(choice: str, backbone: str) -> WeightSource:
+    """`auto` | `timm` | `random` | a path -> what will be loaded. Raises MethodError for an unusable choice."""
+    if choice == "random":
+        return WeightSource("random")
+    if choice == "auto":
+        return WeightSource("timm" if pretrained_reachable(backbone) else "random")
+    if choice == "timm":
+        if not pretrained_reachable(backbone):
+            raise MethodError(
+                f"timm's weights for {backbone} cannot be reached (no cached copy, and the model hub does not answer); "
+                "give a local file with --weights PATH, or use --weights random for efficiency figures alone"
+            )
+        return WeightSource("timm")
+    path = Path(choice).expanduser()
+    if not path.is_file():
+        raise MethodError(f"no weights file {path}; --weights takes auto, timm, random or a path to a checkpoint")
+    return WeightSource("file", path, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def load_backbone(name: str, image_size: tuple[int, int], weights: WeightSource) -> Backbone:
+    """Build a backbone by its full timm name for images of (height, width).
+
+    Stochastic depth is off: a method that wants it brings its own.
+    Raises MethodError for a size that the network cannot take and for weights of another model.
+    """
+    _check_size(name, image_size)
+    config = timm.get_pretrained_cfg(name)
+    mean, std = (config.mean, config.std) if config is not None else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    pretrained = weights.source == "timm"
+    if name.startswith("swin_") and not name.startswith("swin_s3"):
+        # Whole 7x7 windows at every size: else timm shrinks the windows of small maps, and with them the bias
+        # tables, so that the parameter count would depend on the image size.
+        model = timm.create_model(
+            name, pretrained=pretrained, num_classes=0, img_size=image_size, always_partition=True, drop_path_rate=0.0
+        )
+        if weights.path:
+            _load_file(model, weights.path, name)
+        return SwinBackbone(name, model, mean, std)
+    try:
+        model = timm.create_model(name, pretrained=pretrained, features_only=True)
+    except (RuntimeError, AttributeError, AssertionError, TypeError) as error:
+        raise MethodError(f"backbone {name} cannot serve as a feature pyramid: {_first_line(error)}") from error
+    if weights.path:
+        _load_file(model, weights.path, name)
+    try:
+        return PyramidBackbone(name, model, mean, std, image_size)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if isinstance(error, MethodError):
+            raise
+        raise MethodError(
+            f"backbone {name} cannot take images of {image_size[0]}x{image_size[1]}: {_first_line(error)}"
+        ) from error
+
+
+def _check_size(name: str, size: tuple[int, int]) -> None:
+    if min(size) < 32 or any(side % 4 for side in size):
+        raise MethodError(
+            f"backbone {name} cannot take images of {size[0]}x{size[1]}; "
+            "each side must be at least 32 and a multiple of 4"
+        )
+
+
+def _load_file(model: nn.Module, path: Path, name: str) -> None:
+    """Load a timm checkpoint (safetensors, or a weights-only .pth) and refuse one of another model."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("model", state.get("state_dict", state))
+    except Exception as error:  # safetensors, pickle and OS errors share no base class
+        raise MethodError(f"cannot read weights from {path}: {_first_line(error)}") from error
+    wanted = model.state_dict()
+    # A feature extractor flattens its top-level modules (stages.0 -> stages_0).
+    state = {
+        _flattened(key, wanted): tensor.float() if tensor.is_floating_point() else tensor
+        for key, tensor in state.items()
+    }
+    missing = [k for k in wanted if k not in state and not k.endswith(("num_batches_tracked", "attn_mask"))]
+    wrong = [k for k, v in wanted.items() if k in state and state[k].shape != v.shape]
+    if missing or wrong:
+        example = f"lacks {missing[0]}" if missing else f"has another shape for {wrong[0]}"
+        raise MethodError(
+            f"{path} does not hold the weights of {name}: {len(missing)} of {len(wanted)} tensors are missing and "
+            f"{len(wrong)} differ in shape (it {example})"
+        )
+    model.load_state_dict({k: v for k, v in state.items() if k in wanted}, strict=False)
+
+
+def _flattened(key: str, wanted: dict[str, torch.Tensor]) -> str:
+    if key in wanted:
+        return key
+    top, _, rest = key.partition(".")
+    second, _, tail = rest.partition(".")
+    return f"{top}_{second}.{tail}" if f"{top}_{second}.{tail}" in wanted else key
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

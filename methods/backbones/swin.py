@@ -1,0 +1,115 @@
+"""Swin Transformer V1 as verbs over timm's own modules, so that a paper's block is a few lines that call them.
+
+A block of the paper reads
+
+    windows = into_windows(block, block.norm1(x))
+    x = x + out_of_windows(block, block.attn.proj(attend(block, block.attn.qkv(windows))), size)
+    x = x + block.mlp.fc2(block.mlp.act(block.mlp.fc1(block.norm2(x))))
+
+with any of its linears replaced by the method's own. Maps are (B, H, W, C) inside, as in timm.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from methods.backbones.base import Backbone, Pyramid
+from methods.backbones.timm_import import timm
+
+_WINDOWS = timm.models.swin_transformer
+
+
+def into_windows(block: nn.Module, x: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B * windows, N, C): cyclic shift, zero padding to whole windows, partition."""
+    if any(block.shift_size):
+        x = torch.roll(x, shifts=(-block.shift_size[0], -block.shift_size[1]), dims=(1, 2))
+    (window_h, window_w), (_, height, width, channels) = block.window_size, x.shape
+    x = F.pad(x, (0, 0, 0, -width % window_w, 0, -height % window_h))
+    return _WINDOWS.window_partition(x, block.window_size).view(-1, block.window_area, channels)
+
+
+def attend(block: nn.Module, qkv: Tensor) -> Tensor:
+    """Window attention with relative position bias and shift mask; no output projection.
+
+    qkv (B * windows, N, 3 * C), as the block's merged linear gives it -> (B * windows, N, C).
+    """
+    attention = block.attn
+    batch, tokens, _ = qkv.shape
+    query, key, value = qkv.view(batch, tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    bias = attention._get_rel_pos_bias()  # (1, heads, N, N)
+    if block.attn_mask is None:
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+        return out.transpose(1, 2).reshape(batch, tokens, -1)
+    # Windows of one image differ in their mask, images of a batch do not: with (windows, heads) as one axis the
+    # mask broadcasts over the batch and is never materialised for it.
+    windows, heads = block.attn_mask.shape[0], attention.num_heads
+    mask = (bias + block.attn_mask.unsqueeze(1)).reshape(1, windows * heads, tokens, tokens).to(query.dtype)
+    folded = (part.reshape(batch // windows, windows * heads, tokens, -1) for part in (query, key, value))
+    out = F.scaled_dot_product_attention(*folded, attn_mask=mask)
+    return out.reshape(batch, heads, tokens, -1).transpose(1, 2).reshape(batch, tokens, -1)
+
+
+def out_of_windows(block: nn.Module, windows: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B * windows, N, C) -> (B, H, W, C) with (H, W) = size: the inverse of `into_windows`."""
+    (window_h, window_w), (height, width) = block.window_size, size
+    windows = windows.view(-1, window_h, window_w, windows.shape[-1])
+    padded = (height + -height % window_h, width + -width % window_w)
+    x = _WINDOWS.window_reverse(windows, block.window_size, *padded)[:, :height, :width]
+    return torch.roll(x, shifts=tuple(block.shift_size), dims=(1, 2)) if any(block.shift_size) else x
+
+
+class Merging(nn.Module):
+    """timm's patch merging on (B, C, H, W) maps."""
+
+    def __init__(self, merging: nn.Module) -> None:
+        super().__init__()
+        self.merging = merging
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merging(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class SwinBackbone(Backbone):
+    """A timm SwinTransformer without its final norm and head (Swin-T: 27,517,818 parameters)."""
+
+    kind = "swin"
+
+    def __init__(self, name: str, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__(name, mean, std)
+        self.patch_embed = model.patch_embed
+        self.layers = model.layers
+        self.channels = tuple(info["num_chs"] for info in model.feature_info)
+        self.strides = tuple(info["reduction"] for info in model.feature_info)
+        self.stem_channels = self.channels[0]
+        self.depths = tuple(stage.depth for stage in self.layers)
+        for block in self.blocks():
+            # Where a map is no larger than the window there is nothing to shift to (Swin paper's code does the
+            # same); the window itself stays whole, so that the bias tables do not depend on the image size.
+            shift = tuple(
+                0 if side <= window else shift
+                for side, window, shift in zip(block.input_resolution, block.window_size, block.shift_size, strict=True)
+            )
+            if shift != tuple(block.shift_size):
+                block.shift_size = shift
+                block._init_buffers()
+        self.pretrained_names = frozenset(name for name, _ in self.named_parameters())
+
+    def blocks(self) -> list[nn.Module]:
+        return [block for stage in self.layers for block in stage.blocks]
+
+    def embed(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, H/4, W/4, C): patch embedding and its norm."""
+        return self.patch_embed(self.normalise(image))
+
+    def forward(self, image: Tensor) -> Pyramid:
+        x = self.embed(image)
+        stem, maps = x.permute(0, 3, 1, 2), []
+        for stage in self.layers:
+            x = stage(x)
+            maps.append(x.permute(0, 3, 1, 2))
+        return Pyramid(stem, maps)
+
+    def downsampling(self, stage: int) -> nn.Module | None:
+        return Merging(self.layers[stage].downsample)

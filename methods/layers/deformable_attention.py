@@ -1,0 +1,100 @@
+"""Single-level deformable attention in plain PyTorch, and the feed-forward network that goes with it.
+
+The sparse attention of ViT-Adapter (Chen et al., ICLR 2023), itself Deformable DETR's: every query looks at a few
+points around its own position, at learned offsets and with learned weights.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DeformableAttention(nn.Module):
+    """Queries (N, Hq, Wq, d) attend to a map (N', H, W, d) at `points` positions a head.
+
+    Parameters: (d+1)*2*M*P offsets, (d+1)*M*P weights, (d+1)*d value, (d+1)*d output, for M heads and P points.
+    """
+
+    def __init__(self, dim: int, heads: int, points: int = 4) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"{heads} heads do not divide {dim} channels")
+        self.heads, self.points = heads, points
+        self.offsets = nn.Linear(dim, heads * points * 2)
+        self.weights = nn.Linear(dim, heads * points)
+        self.value = nn.Linear(dim, dim)
+        self.output = nn.Linear(dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Heads start by looking in evenly spread directions, point k at distance k, with equal weights."""
+        angles = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        directions = torch.stack([angles.cos(), angles.sin()], -1)
+        directions = directions / directions.abs().amax(-1, keepdim=True)
+        distances = torch.arange(1, self.points + 1).view(1, -1, 1)
+        nn.init.zeros_(self.offsets.weight)
+        with torch.no_grad():
+            self.offsets.bias.copy_((directions[:, None] * distances).flatten())
+        nn.init.zeros_(self.weights.weight)
+        nn.init.zeros_(self.weights.bias)
+        for linear in (self.value, self.output):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, query: Tensor, source: Tensor) -> Tensor:
+        """query (N, Hq, Wq, d), source (K*N, H, W, d) -> (K*N, Hq, Wq, d).
+
+        With K > 1 the same queries attend to K maps; where to look is then worked out once.
+        """
+        locations, weights = self.locate(query, source.shape[1:3])
+        repeats = source.shape[0] // query.shape[0]
+        if repeats > 1:
+            locations, weights = (x.repeat(repeats, *[1] * (x.dim() - 1)) for x in (locations, weights))
+        return self.output(self.sample(self.value(source), locations, weights))
+
+    def locate(self, query: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
+        """Sampling positions in [0, 1] (x, y), (N, Hq, Wq, M, P, 2), and their weights (N, Hq, Wq, M, P).
+
+        Offsets are in pixels of the (H, W) = size map, around the query's own pixel centre.
+        """
+        batch, height, width, _ = query.shape
+        shape = (batch, height, width, self.heads, self.points)
+        offsets = self.offsets(query).view(*shape, 2).float()
+        rows = (torch.arange(height, device=query.device) + 0.5) / height
+        columns = (torch.arange(width, device=query.device) + 0.5) / width
+        centres = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], -1).view(1, height, width, 1, 1, 2)
+        scale = offsets.new_tensor([size[1], size[0]])
+        return centres + offsets / scale, self.weights(query).view(shape).softmax(-1)
+
+    def sample(self, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        """Bilinear samples (zero outside) of value (N, H, W, d), weighted and summed -> (N, Hq, Wq, d)."""
+        batch, height, width, dim = value.shape
+        queries = locations.shape[1:3]
+
+        def by_head(x: Tensor) -> Tensor:  # (N, Hq, Wq, M, ...) -> (N * M, Hq * Wq, ...)
+            return x.flatten(1, 2).transpose(1, 2).flatten(0, 1)
+
+        maps = value.view(batch, height, width, self.heads, -1).permute(0, 3, 4, 1, 2).flatten(0, 1)
+        # Positions are sampled in float32: half precision would not resolve a pixel of a large map.
+        grid = 2 * by_head(locations) - 1
+        samples = F.grid_sample(maps.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        out = (samples * by_head(weights).unsqueeze(1).float()).sum(-1)  # (N * M, d / M, Hq * Wq)
+        return out.view(batch, dim, *queries).permute(0, 2, 3, 1).to(value.dtype)
+
+
+class ConvFFN(nn.Module):
+    """Linear, depthwise 3x3 convolution, GELU, linear on (N, H, W, d) maps (ViT-Adapter)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(dim, hidden)
+        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.reduce = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.depthwise(self.expand(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.reduce(F.gelu(x))

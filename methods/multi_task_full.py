@@ -1,0 +1,49 @@
+"""Multi-task full fine-tuning: one fully trained backbone shared by all tasks, a decoder a task.
+
+30.06 M on Swin-T in the Polyhistor table: one backbone, one set of output norms for all tasks, and SegFormer
+decoders of 256 channels (the ledger's decoder B).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from methods.backbones.base import Backbone
+from methods.decoder import DECODERS, segformer
+from methods.model import Features, MultiTaskModel, Setting
+from methods.registry import Method, NoOptions, register
+
+
+class SharedEncoder(nn.Module):
+    """The same four maps for every task."""
+
+    def __init__(self, backbone: Backbone, tasks: Mapping[str, int]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.tasks = tuple(tasks)
+
+    def forward(self, image: Tensor) -> Features:
+        maps = self.backbone(image).maps
+        return Features(dict.fromkeys(self.tasks, maps), maps)
+
+
+def build(backbone: Backbone, tasks: Mapping[str, int], options: NoOptions, setting: Setting) -> MultiTaskModel:
+    if setting.decoder_name("segformer") == "segformer" and not setting.equal:
+        decoder = segformer(tasks, backbone.channels, norms="shared")
+    else:
+        decoder = DECODERS[setting.decoder_name("segformer")](tasks, backbone.channels)
+    return MultiTaskModel(SharedEncoder(backbone, tasks), decoder, tasks)
+
+
+register(
+    Method(
+        name="multi_task_full",
+        title="Multi-task full fine-tuning",
+        family="fine-tuning",
+        citation="",
+        build=build,
+        rows=lambda options: "Multi-task full fine-tuning",
+    )
+)

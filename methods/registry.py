@@ -1,0 +1,202 @@
+"""The registry of methods, and method expressions such as `mtlora[rank=16]` or the grid `ours[r=2|4|8]`.
+
+Adding a method is adding one file to this folder: whatever it registers is found by itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import itertools
+import pkgutil
+import re
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import methods
+
+Family = Literal["fine-tuning", "single-task PEFT", "multi-task PEFT"]
+
+
+class MethodError(ValueError):
+    """A method, option or combination that cannot be built. The message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """For methods without options."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method.
+
+    name       registry name; `aliases` are accepted in expressions
+    title      as printed in tables
+    family     fine-tuning | single-task PEFT | multi-task PEFT
+    citation   short reference
+    options    frozen dataclass whose defaults are the published ones
+    build      (backbone, tasks, options, setting) -> MultiTaskModel
+    rows       which row of the papers' tables a set of options stands for: (options) -> row name or None
+    """
+
+    name: str
+    title: str
+    family: Family
+    citation: str
+    build: Callable[..., Any]
+    options: type = NoOptions
+    aliases: tuple[str, ...] = ()
+    rows: Callable[[Any], str | None] = lambda options: None
+
+
+@dataclass(frozen=True)
+class Configured:
+    """A method with its options chosen."""
+
+    method: Method
+    options: Any
+
+    @property
+    def expression(self) -> str:
+        """Canonical form: the registry name and the options that differ from their defaults, in field order."""
+        changed = self.changed()
+        inside = ",".join(f"{name}={_show(value)}" for name, value in changed.items())
+        return f"{self.method.name}[{inside}]" if inside else self.method.name
+
+    @property
+    def title(self) -> str:
+        inside = ", ".join(f"{name}={_show(value)}" for name, value in self.changed().items())
+        return f"{self.method.title} [{inside}]" if inside else self.method.title
+
+    def changed(self) -> dict[str, Any]:
+        default = self.method.options()
+        return {
+            field.name: getattr(self.options, field.name)
+            for field in dataclasses.fields(self.options)
+            if getattr(self.options, field.name) != getattr(default, field.name)
+        }
+
+    @property
+    def published_row(self) -> str | None:
+        return self.method.rows(self.options)
+
+    def build(self, backbone: Any, tasks: Mapping[str, int], setting: Any) -> Any:
+        """Build the MultiTaskModel; `tasks` maps a task name to its number of output channels."""
+        return self.method.build(backbone, tasks, self.options, setting)
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> Method:
+    """Enter a method. Raises MethodError if its name or an alias is taken by another."""
+    for name in (method.name, *method.aliases):
+        taken = _METHODS.get(name) or next((m for m in _METHODS.values() if name in m.aliases), None)
+        if taken is not None:
+            raise MethodError(f"method name {name!r} is already taken by {taken.title}")
+    _METHODS[method.name] = method
+    return method
+
+
+def all_methods() -> dict[str, Method]:
+    """Every registered method by name, after importing each file of this folder once."""
+    for module in pkgutil.iter_modules(methods.__path__):
+        if not module.ispkg:
+            importlib.import_module(f"methods.{module.name}")
+    return dict(sorted(_METHODS.items()))
+
+
+def get(name: str) -> Method:
+    """A method by name or alias. Raises MethodError with a near miss."""
+    known = all_methods()
+    by_any_name = {alias: method for method in known.values() for alias in (method.name, *method.aliases)}
+    if name not in by_any_name:
+        raise MethodError(f"unknown method {name!r}{_near(name, by_any_name)}; `bench list methods` shows all")
+    return by_any_name[name]
+
+
+def parse(text: str) -> list[Configured]:
+    """Expand a comma-separated list of expressions and grids, e.g. `ours[r=2|4],mtlora`; `all` is every method.
+
+    Raises MethodError for bad syntax, an unknown method, option or value.
+    """
+    chosen: dict[str, Configured] = {}
+    for part in _split(text):
+        for configured in (
+            [Configured(m, m.options()) for m in all_methods().values()] if part == "all" else _expand(part)
+        ):
+            chosen.setdefault(configured.expression, configured)
+    if not chosen:
+        raise MethodError("no method given; e.g. --methods ours,mtlora")
+    return list(chosen.values())
+
+
+def _split(text: str) -> list[str]:
+    """Split at commas that stand outside brackets."""
+    if text.count("[") != text.count("]"):
+        raise MethodError(f"unbalanced brackets in {text!r}; write e.g. ours[r=2|4|8],mtlora")
+    parts = re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _expand(text: str) -> list[Configured]:
+    match = re.fullmatch(r"([\w:.-]+)(?:\[([^\[\]]*)\])?", text)
+    if not match:
+        raise MethodError(f"cannot read method expression {text!r}; write e.g. ours[r=2|4|8] or mtlora[rank=16]")
+    method = get(match[1])
+    grid: dict[str, list[Any]] = {}
+    for item in filter(None, (item.strip() for item in (match[2] or "").split(","))):
+        name, equals, values = (piece.strip() for piece in item.partition("="))
+        fields = {field.name: field for field in dataclasses.fields(method.options)}
+        if name not in fields:
+            known = ", ".join(fields) or "none"
+            raise MethodError(f"{method.name} has no option {name!r}{_near(name, fields)}; its options: {known}")
+        if not equals or not values:
+            raise MethodError(
+                f"option {name!r} of {method.name} needs a value, e.g. {name}={_show(fields[name].default)}"
+            )
+        hint = typing.get_type_hints(method.options)[name]
+        grid[name] = [_convert(value.strip(), hint, f"{method.name}[{name}=...]") for value in values.split("|")]
+    expanded = []
+    for values in itertools.product(*grid.values()):
+        try:
+            expanded.append(Configured(method, method.options(**dict(zip(grid, values, strict=True)))))
+        except ValueError as error:
+            raise MethodError(f"{method.name}: {error}") from error
+    return expanded
+
+
+def _convert(text: str, hint: Any, where: str) -> Any:
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        if text not in choices:
+            raise MethodError(f"{where}: {text!r} is not one of {', '.join(choices)}{_near(text, choices)}")
+        return text
+    if hint is bool:
+        words = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
+        if text.lower() not in words:
+            raise MethodError(f"{where}: {text!r} is neither on nor off")
+        return words[text.lower()]
+    try:
+        return hint(text)
+    except ValueError as error:
+        raise MethodError(f"{where}: {text!r} is not a valid {hint.__name__}") from error
+
+
+def _show(value: Any) -> str:
+    return (
+        {True: "on", False: "off"}[value]
+        if isinstance(value, bool)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
+
+
+def _near(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

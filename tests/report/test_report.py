@@ -1,0 +1,514 @@
+"""Reports: what may stand in one table, hand-calculated figures, and the marks that must not get lost."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from bench import resources, tasks
+from bench.errors import BenchError
+from bench.recipe import Optimizer, Recipe, Schedule
+from bench.record import Failure, Memory, MethodInfo, Parameters, Provenance, Record, Time, Weights
+from bench.report import published, render, tables
+from bench.spec import RunSpec
+
+FAMILIES = {"single_task_full": "fine-tuning", "lora": "single-task PEFT"}
+ROWS = {"single_task_full": "Single-task full fine-tuning", "lora": "LoRA", "mtlora": "MTLoRA", "ours": "Ours"}
+KEYS = {name: task.headline.key for name, task in tasks.TASKS.items()}
+TINY = "swin_tiny_patch4_window7_224.ms_in1k"
+
+
+def recipe(**changes: Any) -> Recipe:
+    settings = {
+        "title": "Quick",
+        "optimizer": Optimizer(name="adamw", lr=4e-4),
+        "schedule": Schedule(name="cosine"),
+        "batch_size": 8,
+        "epochs": 10,
+        "loss_weights": {"semseg": 1.0},
+    }
+    return Recipe(**(settings | changes))
+
+
+def make(out: Path, method: str = "ours", figures: dict[str, float] | None = None, **changes: Any) -> Path:
+    """Write a record with these headline figures. `changes` are fields of the spec, or of the record by name."""
+    figures = {"semseg": 50.0, "normals": 20.0} if figures is None else figures
+    own = {name: changes.pop(name) for name in list(changes) if name in Record.model_fields}
+    device_name = changes.pop("device_name", None)
+    title = changes.pop("title", ROWS.get(method, method))
+    fields = {
+        "method": method, "backbone": TINY, "dataset": "scenes", "data_fingerprint": "ab12cd34ef",
+        "tasks": tuple(figures), "protocol": "published", "decoder": None, "recipe_name": "quick", "recipe": recipe(),
+        "image_size": (128, 128), "batch_size": 8, "epochs": 10, "steps": None, "precision": "fp32",
+        "weights": "timm", "device": "cpu", "seed": 0,
+    } | changes  # fmt: skip
+    spec = RunSpec(**fields)
+    kind = spec.device_kind
+    name = method.partition("[")[0]
+    provenance = Provenance(
+        device=kind, device_name=device_name or {"cpu": "Some CPU", "cuda": "NVIDIA H200"}[kind], cores=4,
+        memory_gib=16, platform="Linux", python="3.11", packages={"torch": "2.9.0"},
+        weights=Weights(source=spec.weights if spec.weights in ("timm", "random") else "file"),
+    )  # fmt: skip
+    record = {
+        "status": "ok",
+        "method": MethodInfo(name=name, title=title, family=FAMILIES.get(name, "multi-task PEFT"),
+                             published_row=ROWS.get(method)),
+        "provenance": provenance,
+        "parameters": Parameters(total=30_000_000, trainable=2_362_108, adaptation=2_194_076, backbone=0,
+                                 decoder=168_032, shared=2_000_000, per_task=362_108),
+        "memory": Memory(device=kind, peak_allocated=3 * 2**30, peak_reserved=4 * 2**30, process_peak=5 * 2**30),
+        "time": Time(device=kind, warmup=3, samples=[float(n) for n in range(10, 0, -1)], batch_size=8),
+        "metrics": {} if spec.steps == 0 else {task: {KEYS[task]: value} for task, value in figures.items()},
+    } | own  # fmt: skip
+    return Record(spec=spec, **record).write(out)
+
+
+def groups(out: Path) -> list[tables.Group]:
+    return tables.groups(tables.collect(out)[0])
+
+
+def only(out: Path) -> tables.Group:
+    (group,) = groups(out)
+    return group
+
+
+def measured(table: pd.DataFrame) -> pd.DataFrame:
+    return table[table["Status"] != "published"].set_index("Method")
+
+
+def printed(table: pd.DataFrame) -> pd.DataFrame:
+    return table[table["Status"] == "published"].set_index("Method")
+
+
+def report(folder: Path, reference: str | None = None, width: int = 100) -> str:
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    render.report(folder, None, reference, console)
+    return console.file.getvalue()
+
+
+# ---------------------------------------------------------------- published tables
+
+
+def test_published_spot_checks():
+    first = published.table(1).set_index("row")
+    assert len(first) == 18
+    assert first.loc["Ours", ["semseg", "human_parts", "saliency", "normals"]].tolist() == [74.14, 61.75, 65.69, 14.48]
+    assert first.loc["VPT-deep", "delta_m"] == -10.85 and first.loc["HyperFormer", "tp_m"] == 75.32
+    assert first.loc["MTLoRA", "decoder"] == "hrnet" and first.loc["LoRA", "decoder"] == "segformer"
+    second = published.table(2).set_index(["backbone", "row"])
+    assert second.loc[("swin_base", "DiTask"), ["tp_m", "memory_gb", "seconds_per_batch"]].tolist() == [
+        5.08,
+        24.18,
+        0.826,
+    ]
+    assert second.loc[("swin_small", "Ours"), "memory_gb"] == 10.03
+    assert second["semseg"].isna().all() and (second["family"] == "").all()
+    third = published.table(3).set_index(["pretraining", "row"])
+    assert third.loc[("ImageNet-22k", "Ours"), "delta_m"] == 10.22
+    assert published.table(4).set_index("row").loc["Ours, BDTA only", "tp_m"] == 1.96
+    assert published.table(5).set_index("row").loc["Ours, T2G only", "normals"] == 14.42
+
+
+def test_published_metrics_give_the_printed_delta_m():
+    """A slip of the typist's would show here; the one exception is the paper's own, in Table 5."""
+    rows = published.load()
+    reference = rows.loc[0, list(published.TASKS)].to_dict()
+    off = {}
+    for row in rows[rows["semseg"].notna()].to_dict("records"):
+        value = tasks.delta_m({task: row[task] for task in published.TASKS}, reference)
+        if abs(value - row["delta_m"]) > 0.15:
+            off[row["table"], row["row"]] = round(value, 2)
+    assert off == {(5, "Ours"): 7.84}
+
+
+def test_missing_published_folder_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(resources, "folder", lambda kind: tmp_path / "nowhere")
+    with pytest.raises(BenchError, match="no published tables in .*nowhere"):
+        published.load()
+
+
+def test_backbones_and_datasets_by_their_papers_names():
+    assert published.short_backbone("swin_small_patch4_window7_224.ms_in22k") == "swin_small"
+    assert published.short_backbone("swinv2_tiny_window8_256") == "swinv2_tiny_window8_256"
+    assert published.pretraining("swin_tiny_patch4_window7_224.ms_in22k") == "ImageNet-22k"
+    assert published.same_dataset("pascal_context") and not published.same_dataset("scenes")
+
+
+# ---------------------------------------------------------------- Delta-m
+
+
+def test_delta_m_by_hand_with_a_lower_is_better_task(tmp_path):
+    make(tmp_path, "single_task_full", {"semseg": 40.0, "normals": 20.0})
+    make(tmp_path, "ours", {"semseg": 50.0, "normals": 15.0})  # +25 % and, lower being better, +25 %
+    make(tmp_path, "mtlora", {"semseg": 44.0, "normals": 24.0})  # +10 % and -20 %
+    table = measured(tables.accuracy_table(only(tmp_path)))
+    assert table["Delta-m (%)"].to_dict() == pytest.approx(
+        {"Single-task full fine-tuning": 0.0, "Ours": 25.0, "MTLoRA": -5.0}
+    )
+    assert measured(tables.efficiency_table(only(tmp_path)))["Delta-m (%)"]["Ours"] == pytest.approx(25.0)
+
+
+def test_delta_m_of_the_published_mtlora_row(tmp_path):
+    rows = published.table(1).set_index("row")[list(published.TASKS)]
+    for method in ("single_task_full", "mtlora"):
+        make(tmp_path, method, rows.loc[ROWS[method]].to_dict(), dataset="pascal_context")
+    value = measured(tables.accuracy_table(only(tmp_path)))["Delta-m (%)"]["MTLoRA"]
+    assert 2.54 <= value <= 2.55
+
+
+def test_delta_m_is_against_the_mean_of_the_baseline_seeds(tmp_path):
+    make(tmp_path, "single_task_full", {"semseg": 30.0}, seed=0)
+    make(tmp_path, "single_task_full", {"semseg": 50.0}, seed=1)
+    make(tmp_path, "ours", {"semseg": 50.0}, seed=0)
+    make(tmp_path, "ours", {"semseg": 54.0}, seed=1)
+    row = measured(tables.accuracy_table(only(tmp_path))).loc["Ours"]
+    assert row["SemSeg mIoU (%) ↑"] == 52.0 and row["Seeds"] == 2
+    assert row["SemSeg mIoU (%) ↑, std"] == pytest.approx(8**0.5)
+    assert row["Delta-m (%)"] == pytest.approx(30.0)
+    assert row["Delta-m (%), std"] == pytest.approx(2.5 * 8**0.5)
+
+
+def test_missing_baseline_is_said_and_stays_numeric(tmp_path):
+    make(tmp_path, "ours")
+    table = tables.accuracy_table(only(tmp_path))
+    assert pd.api.types.is_float_dtype(table["Delta-m (%)"])
+    assert measured(table).loc["Ours", "Delta-m note"] == "no single-task baseline"
+    assert "– (a)" in report(tmp_path) and "(a) no single-task baseline" in report(tmp_path)
+
+
+def test_a_failed_baseline_is_no_baseline(tmp_path):
+    make(tmp_path, "ours")
+    make(tmp_path, "single_task_full", status="diverged", metrics={})
+    note = measured(tables.accuracy_table(only(tmp_path))).loc["Ours", "Delta-m note"]
+    assert note == "no single-task baseline: its status is diverged"
+
+
+def test_a_zero_baseline_figure_is_missing_not_infinite(tmp_path):
+    make(tmp_path, "single_task_full", {"semseg": 0.0})
+    make(tmp_path, "ours", {"semseg": 50.0})
+    row = measured(tables.accuracy_table(only(tmp_path))).loc["Ours"]
+    assert pd.isna(row["Delta-m (%)"]) and "zero" in row["Delta-m note"]
+
+
+def test_another_reference_is_marked(tmp_path):
+    make(tmp_path, "mtlora", {"semseg": 40.0})
+    make(tmp_path, "ours", {"semseg": 50.0})
+    assert measured(tables.accuracy_table(only(tmp_path), "mtlora"))["Delta-m (%)"]["Ours"] == pytest.approx(25.0)
+    mark = "against MTLoRA, NOT the single-task baseline"
+    assert mark in report(tmp_path, "mtlora") and mark in (tmp_path / "report/report.md").read_text()
+    assert "NOT the single-task" not in report(tmp_path)
+
+
+def test_unknown_or_ambiguous_reference_names_the_candidates(tmp_path):
+    make(tmp_path, "ours[r=2]")
+    make(tmp_path, "ours[r=8]")
+    with pytest.raises(BenchError, match=r"no record of 'mtlora'.*ours\[r=2\], ours\[r=8\]"):
+        tables.accuracy_table(only(tmp_path), "mtlora")
+    with pytest.raises(BenchError, match=r"no record of 'mtlora'"):
+        report(tmp_path, "mtlora")
+    with pytest.raises(BenchError, match=r"several methods: ours\[r=2\], ours\[r=8\]"):
+        tables.accuracy_table(only(tmp_path), "ours")
+    assert measured(tables.accuracy_table(only(tmp_path), "ours[r=2]"))["Delta-m (%)"].tolist() == [0.0, 0.0]
+
+
+def test_a_reference_of_one_group_does_not_fall_back_to_the_baseline_in_another(tmp_path):
+    make(tmp_path, "mtlora")
+    for method in ("ours", "single_task_full"):
+        make(tmp_path, method, precision="bf16")
+    assert "no mtlora here" in report(tmp_path, "mtlora")
+
+
+# ---------------------------------------------------------------- groups
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"precision": "bf16"}, {"dataset": "other"}, {"data_fingerprint": "0"}, {"backbone": "vit_tiny"},
+        {"protocol": "equal"}, {"decoder": "hrnet"}, {"recipe": recipe(clip_norm=1.0)}, {"image_size": (64, 64)},
+        {"batch_size": 4}, {"epochs": 11}, {"steps": 0, "epochs": None}, {"weights": "random"}, {"limit_train": 9},
+        {"limit_val": 3}, {"device": "nvidia-h200"}, {"device_name": "Another CPU"}, {"figures": {"semseg": 1.0}},
+    ],
+)  # fmt: skip
+def test_what_differs_never_shares_a_table(tmp_path, change):
+    make(tmp_path, "ours")
+    make(tmp_path, "mtlora", **change)
+    split = groups(tmp_path)
+    assert [len(group.found) for group in split] == [1, 1]
+    assert split[0].title != split[1].title and split[0].slug != split[1].slug
+    assert {len(measured(tables.efficiency_table(group))) for group in split} == {1}
+
+
+def test_names_of_a_recipe_do_not_split(tmp_path):
+    make(tmp_path, "ours")
+    make(tmp_path, "mtlora", recipe=recipe(title="The same in other words"), recipe_name="mine")
+    assert "recipe mine = quick" in only(tmp_path).title
+
+
+def test_a_cell_that_died_early_joins_its_group_unless_two_fit(tmp_path):
+    make(tmp_path, "ours")
+    make(tmp_path, "mtlora", status="failed", provenance=None, parameters=None, metrics={})
+    assert len(only(tmp_path).found) == 2
+    make(tmp_path, "lora", device_name="Another CPU")
+    assert sorted(len(group.found) for group in groups(tmp_path)) == [1, 1, 1]
+
+
+def test_a_cell_found_twice_counts_once(tmp_path):
+    make(tmp_path / "a", "ours", {"semseg": 50.0})
+    make(tmp_path / "b", "ours", {}, tasks=("semseg",), status="interrupted")
+    group = only(tmp_path)
+    assert measured(tables.accuracy_table(group)).loc["Ours", ["Seeds", "Status"]].tolist() == [1, "ok"]
+    assert group.marks == ("2 records of ours, seed 0: the latest good one counts",)
+
+
+def test_rows_are_ordered_by_family_and_title(tmp_path):
+    for method in ("ours", "mtlora", "lora", "single_task_full"):
+        make(tmp_path, method)
+    table = tables.accuracy_table(only(tmp_path))
+    assert list(measured(table).index) == ["Single-task full fine-tuning", "LoRA", "MTLoRA", "Ours"]
+    assert table["Status"].tolist() == ["ok"] * 4 + ["published"] * (len(table) - 4)
+
+
+# ---------------------------------------------------------------- figures and marks
+
+
+def test_time_memory_and_parameters_by_hand(tmp_path):
+    make(tmp_path, "ours", device="nvidia-h200")
+    row = measured(tables.efficiency_table(only(tmp_path))).loc["Ours"]
+    assert row["time, median (s/batch)"] == 5.5  # of 1 ... 10
+    assert row["time, p90 (s/batch)"] == pytest.approx(9.1)
+    assert row["memory, peak allocated (GiB)"] == 3 and row["memory, peak reserved (GiB)"] == 4
+    assert row[["#TP (M)", "adaptation (M)", "backbone (M)", "decoder (M)"]].tolist() == [
+        2.362108,
+        2.194076,
+        0,
+        0.168032,
+    ]
+
+
+def test_cpu_figures_stand_under_other_headers(tmp_path):
+    make(tmp_path, "ours")
+    table = tables.efficiency_table(only(tmp_path))
+    assert measured(table).loc["Ours", "process memory (GiB, CPU)"] == 5
+    assert measured(table).loc["Ours", "CPU time, median (s/batch)"] == 5.5
+    assert not any(column.startswith(("memory", "time")) for column in table)
+    assert "Source" in table and measured(table).loc["Ours", "Source"] == "measured on cpu"
+
+
+def test_failed_cells_are_rows_with_the_figures_that_exist(tmp_path):
+    make(tmp_path, "ours")
+    failure = Failure(kind="OutOfMemoryError", message="CUDA out of memory.\nlong story", traceback="...")
+    make(tmp_path, "mtlora", status="out_of_memory", failure=failure, metrics={}, memory=None, time=None)
+    row = measured(tables.accuracy_table(only(tmp_path))).loc["MTLoRA"]
+    assert (row["Status"], row["Note"], row["Seeds"]) == ("out of memory", "out of memory: CUDA out of memory.", 0)
+    assert pd.isna(row["SemSeg mIoU (%) ↑"]) and row["#TP (M)"] == 2.362108
+    shown = report(tmp_path, width=140)
+    assert "MTLoRA · OUT OF MEMORY (" in shown and "long story" not in shown
+
+
+def test_a_failed_seed_is_told_and_not_averaged(tmp_path):
+    make(tmp_path, "ours", {"semseg": 50.0}, seed=0)
+    make(tmp_path, "ours", {"semseg": 0.0}, seed=1, status="diverged")
+    row = measured(tables.accuracy_table(only(tmp_path))).loc["Ours"]
+    assert (row["SemSeg mIoU (%) ↑"], row["Seeds"], row["Note"]) == (50.0, 1, "1 of 2 seeds diverged")
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_random_weights_are_marked_everywhere(tmp_path, width):
+    make(tmp_path, "ours", weights="random")
+    shown = report(tmp_path, width=width)
+    assert "! RANDOM BACKBONE WEIGHTS" in shown and "Ours · random weights" in " ".join(shown.split())
+    written = (tmp_path / "report/report.md").read_text()
+    assert "> **RANDOM BACKBONE WEIGHTS" in written and "| Ours · random weights |" in written
+    for path in (tmp_path / "report").glob("*.csv"):
+        own = measured(pd.read_csv(path)).iloc[0]
+        assert own["Source"] == "measured on cpu; random weights" and own["Marks"].startswith("RANDOM BACKBONE WEIGHTS")
+
+
+def test_random_weights_by_the_runs_own_account(tmp_path):
+    """The spec asked for timm weights, the run says that it had none."""
+    path = make(tmp_path, "ours")
+    path.write_text(path.read_text().replace('"source": "timm"', '"source": "random"'))
+    assert only(tmp_path).random
+
+
+def test_published_rows_only_of_measured_methods_and_marked(tmp_path):
+    make(tmp_path, "ours", {"semseg": 1.0, "depth": 2.0})
+    accuracy, efficiency = tables.accuracy_table(only(tmp_path)), tables.efficiency_table(only(tmp_path))
+    for number, table in ((1, accuracy), (2, efficiency)):
+        source = (
+            f"published: BDTA+MoTE, AAAI 2026, Table {number}, PASCAL-Context, ImageNet-1k; not comparable with scenes"
+        )
+        assert printed(table)["Source"].to_dict() == {"Ours": source}
+    row = printed(accuracy).loc["Ours"]
+    assert row["SemSeg mIoU (%) ↑"] == 74.14 and pd.isna(row["Depth RMSE (m) ↓"])
+    row = printed(efficiency).loc["Ours"]
+    assert row["published memory (GB, as printed)"] == 9.92 and pd.isna(row["process memory (GiB, CPU)"])
+    shown = report(tmp_path)
+    assert "Ours †(" in shown and "published rows are on PASCAL-Context; not comparable with scenes" in " ".join(
+        shown.split()
+    )
+    assert "9.92 GB†" in shown
+
+
+def test_published_rows_follow_backbone_and_pretraining(tmp_path):
+    make(tmp_path / "22k", "ours", backbone="swin_tiny_patch4_window7_224.ms_in22k")
+    assert printed(tables.accuracy_table(only(tmp_path / "22k"))).loc["Ours", "SemSeg mIoU (%) ↑"] == 76.19
+    make(tmp_path / "base", "ours", backbone="swin_base_patch4_window7_224.ms_in1k")
+    assert printed(tables.accuracy_table(only(tmp_path / "base"))).empty
+    assert printed(tables.efficiency_table(only(tmp_path / "base"))).loc["Ours", "#TP (M)"] == 4.13
+    make(tmp_path / "vit", "ours", backbone="vit_small_patch16_224")
+    assert printed(tables.efficiency_table(only(tmp_path / "vit"))).empty
+    assert "published #TP (M)" not in tables.efficiency_table(only(tmp_path / "vit"))
+
+
+def test_published_parameters_stand_beside_measured_ones_under_that_protocol_only(tmp_path):
+    make(tmp_path / "published", "ours")
+    assert measured(tables.accuracy_table(only(tmp_path / "published"))).loc["Ours", "published #TP (M)"] == 2.36
+    for name, change in {"equal": {"protocol": "equal"}, "override": {"decoder": "hrnet"}}.items():
+        make(tmp_path / name, "ours", **change)
+        assert "published #TP (M)" not in tables.accuracy_table(only(tmp_path / name))
+
+
+def test_normals_are_told_apart_from_the_papers_heading(tmp_path):
+    make(tmp_path, "ours")
+    assert "mean angular error" in " ".join(report(tmp_path).split())
+    assert "Normals mean error (deg) ↓" in tables.accuracy_table(only(tmp_path))
+
+
+def test_best_value_is_bold_among_good_measured_rows(tmp_path):
+    make(tmp_path, "ours", {"semseg": 50.0, "normals": 15.0})
+    report(tmp_path)
+    assert "**50.00**" not in (tmp_path / "report/report.md").read_text()  # one row is no contest
+    make(tmp_path, "mtlora", {"semseg": 40.0, "normals": 14.0})
+    make(tmp_path, "lora", {"semseg": 99.0, "normals": 1.0}, status="interrupted")
+    report(tmp_path)
+    written = (tmp_path / "report/report.md").read_text()
+    assert (
+        "**50.00**" in written and "**14.00**" in written and "**40.00**" not in written and "**15.00**" not in written
+    )
+    assert "**74.14" not in written and "*74.14*" in written
+
+
+# ---------------------------------------------------------------- files and the terminal
+
+
+def test_unreadable_files_are_reported_and_skipped(tmp_path):
+    path = make(tmp_path, "ours")
+    whole = path.read_text()
+    path.with_name("half.json").write_text(whole[: len(whole) // 2])
+    path.with_name("newer.json").write_text(whole.replace('"schema": 1', '"schema": 99', 1))
+    path.with_name("foreign.json").write_text("[1, 2]")
+    found, problems = tables.collect(tmp_path)
+    assert len(found) == 1 and len(problems) == 3 and not any("\n" in problem for problem in problems)
+    shown = " ".join(report(tmp_path).split())
+    assert (
+        "3 unreadable files left out" in shown
+        and "has schema 99, newer" in shown
+        and "half.json is not a whole" in shown
+    )
+
+
+def test_no_folder_and_no_record_say_what_makes_one(tmp_path):
+    for folder in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(BenchError, match="bench run --methods ours,mtlora --backbone swin_tiny"):
+            tables.collect(folder)
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(BenchError, match="1 unreadable, the first: .*bad.json"):
+        tables.collect(tmp_path)
+
+
+def test_files_are_written_per_group_and_twice_the_same(tmp_path):
+    make(tmp_path, "ours")
+    make(tmp_path, "mtlora", steps=0, epochs=None)
+    report(tmp_path)
+    before = {path.name: path.read_text() for path in (tmp_path / "report").iterdir()}
+    assert sorted(name.partition("-")[0] for name in before) == ["report.md", "table1", "table2", "table2"]
+    report(tmp_path)
+    assert before == {path.name: path.read_text() for path in (tmp_path / "report").iterdir()}
+    assert "efficiency only, not trained" in before["report.md"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+def test_tables_fit_the_terminal(tmp_path, width):
+    figures = dict.fromkeys(tasks.TASKS, 12.34)
+    for seed in (0, 1):
+        make(tmp_path, "ours", figures, seed=seed)
+        make(tmp_path, "single_task_full", figures, seed=seed)
+    shown = report(tmp_path, width=width)
+    assert max(map(len, shown.splitlines())) <= width
+    assert "…" not in shown and "12.34" in shown and "seeds" in shown
+
+
+def test_markdown_survives_pipes_and_brackets(tmp_path):
+    make(tmp_path, "ours[r=2]", title="A|B [r=2]")
+    shown = report(tmp_path, "ours[r=2]")  # brackets are no markup, in a cell or in a caption
+    assert "\nA|B [r=2]" in shown and "against A|B [r=2]" in shown
+    rows = [r for r in (tmp_path / "report/report.md").read_text().splitlines() if r.startswith("|")]
+    assert any("A\\|B [r=2]" in row for row in rows)
+    assert len({row.replace("\\|", "").count("|") for row in rows[:3]}) == 1
+
+
+def test_show_by_path_and_by_prefix(tmp_path):
+    path = make(tmp_path, "ours", weights="random")
+    for name in (str(path), path.stem[:6]):
+        console = Console(file=io.StringIO(), width=100)
+        render.show(name, tmp_path, console)
+        shown = console.file.getvalue()
+        for text in ("RANDOM WEIGHTS", "2,362,108", "50 %", "20 deg", "3.000", "5.5000", "9.1000", "multi-task PEFT"):
+            assert text in shown
+
+
+def test_a_figure_that_nothing_was_valid_for_is_a_dash(tmp_path):
+    path = make(tmp_path, "ours", metrics={"semseg": {"mIoU": 50.0}, "normals": {"mean_error": None}})
+    make(tmp_path, "single_task_full")
+    row = measured(tables.accuracy_table(only(tmp_path))).loc["Ours"]
+    assert pd.isna(row["Normals mean error (deg) ↓"]) and row["Delta-m note"] == "a task has no figure"
+    console = Console(file=io.StringIO(), width=100)
+    render.show(str(path), tmp_path, console)
+    assert "Normals mean_error  –" in console.file.getvalue()
+
+
+def test_show_refuses_unknown_and_ambiguous_names(tmp_path):
+    stem = make(tmp_path, "ours", seed=0).stem
+    make(tmp_path, "ours", seed=1)
+    console = Console(file=io.StringIO())
+    with pytest.raises(BenchError, match="stands for 2 records"):
+        render.show(stem[:6], tmp_path, console)
+    with pytest.raises(BenchError, match="no record whose hash begins with 'zz'"):
+        render.show("zz", tmp_path, console)
+    with pytest.raises(BenchError, match="no such file"):
+        render.show("no/where.json", tmp_path, console)
+    render.show(stem, tmp_path, console)
+
+
+def test_report_imports_no_torch():
+    code = "import sys, bench.report.render; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=resources.ROOT, check=False).returncode == 0
+
+
+def test_no_pandas_warning(tmp_path):
+    make(tmp_path, "ours")
+    make(tmp_path, "mtlora", status="failed", provenance=None, parameters=None, memory=None, time=None, metrics={})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report(tmp_path)
+
+
+def test_a_thousand_records_are_quick(tmp_path):
+    for seed in range(250):
+        for method in ("ours", "mtlora", "lora", "single_task_full"):
+            make(tmp_path, method, seed=seed)
+    start = time.monotonic()
+    report(tmp_path)
+    assert time.monotonic() - start < 10  # half a second when idle; wide enough for a busy machine
