@@ -146,9 +146,9 @@ def show(
     folder: Annotated[Path, typer.Option("--folder", help="Where to look for a hash.")] = Path("runs"),
 ) -> None:
     """One record in full."""
-    from bench.report import render
+    from bench.report import show
 
-    render.show(record, folder, Console())
+    show.show(record, folder, Console())
 
 
 @app.command("list")

@@ -30,6 +30,7 @@ class MethodInfo(Part):
     """What the registry says of the cell's method, copied so that reports need no registry."""
 
     name: str
+    aliases: tuple[str, ...] = ()
     title: str
     family: str
     citation: str = ""

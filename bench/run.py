@@ -34,6 +34,7 @@ def method_info(expression: str) -> MethodInfo:
     method = configured.method
     return MethodInfo(
         name=method.name,
+        aliases=method.aliases,
         title=configured.title,
         family=method.family,
         citation=method.citation,

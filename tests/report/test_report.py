@@ -18,7 +18,9 @@ from bench import resources, tasks
 from bench.errors import BenchError
 from bench.recipe import Optimizer, Recipe, Schedule
 from bench.record import Failure, Memory, MethodInfo, Parameters, Provenance, Record, Time, Weights
-from bench.report import published, render, tables
+from bench.report import published, render, show, tables
+from bench.report.groups import Group, collect
+from bench.report.groups import groups as groups_of
 from bench.spec import RunSpec
 
 FAMILIES = {"single_task_full": "fine-tuning", "lora": "single-task PEFT"}
@@ -73,11 +75,11 @@ def make(out: Path, method: str = "ours", figures: dict[str, float] | None = Non
     return Record(spec=spec, **record).write(out)
 
 
-def groups(out: Path) -> list[tables.Group]:
-    return tables.groups(tables.collect(out)[0])
+def groups(out: Path) -> list[Group]:
+    return groups_of(collect(out)[0])
 
 
-def only(out: Path) -> tables.Group:
+def only(out: Path) -> Group:
     (group,) = groups(out)
     return group
 
@@ -409,7 +411,7 @@ def test_unreadable_files_are_reported_and_skipped(tmp_path):
     path.with_name("half.json").write_text(whole[: len(whole) // 2])
     path.with_name("newer.json").write_text(whole.replace('"schema": 1', '"schema": 99', 1))
     path.with_name("foreign.json").write_text("[1, 2]")
-    found, problems = tables.collect(tmp_path)
+    found, problems = collect(tmp_path)
     assert len(found) == 1 and len(problems) == 3 and not any("\n" in problem for problem in problems)
     shown = " ".join(report(tmp_path).split())
     assert (
@@ -422,10 +424,10 @@ def test_unreadable_files_are_reported_and_skipped(tmp_path):
 def test_no_folder_and_no_record_say_what_makes_one(tmp_path):
     for folder in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(BenchError, match="bench run --methods ours,mtlora --backbone swin_tiny"):
-            tables.collect(folder)
+            collect(folder)
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(BenchError, match="1 unreadable, the first: .*bad.json"):
-        tables.collect(tmp_path)
+        collect(tmp_path)
 
 
 def test_files_are_written_per_group_and_twice_the_same(tmp_path):
@@ -463,7 +465,7 @@ def test_show_by_path_and_by_prefix(tmp_path):
     path = make(tmp_path, "ours", weights="random")
     for name in (str(path), path.stem[:6]):
         console = Console(file=io.StringIO(), width=100)
-        render.show(name, tmp_path, console)
+        show.show(name, tmp_path, console)
         shown = console.file.getvalue()
         for text in ("RANDOM WEIGHTS", "2,362,108", "50 %", "20 deg", "3.000", "5.5000", "9.1000", "multi-task PEFT"):
             assert text in shown
@@ -475,7 +477,7 @@ def test_a_figure_that_nothing_was_valid_for_is_a_dash(tmp_path):
     row = measured(tables.accuracy_table(only(tmp_path))).loc["Ours"]
     assert pd.isna(row["Normals mean error (deg) ↓"]) and row["Delta-m note"] == "a task has no figure"
     console = Console(file=io.StringIO(), width=100)
-    render.show(str(path), tmp_path, console)
+    show.show(str(path), tmp_path, console)
     assert "Normals mean_error  –" in console.file.getvalue()
 
 
@@ -484,12 +486,12 @@ def test_show_refuses_unknown_and_ambiguous_names(tmp_path):
     make(tmp_path, "ours", seed=1)
     console = Console(file=io.StringIO())
     with pytest.raises(BenchError, match="stands for 2 records"):
-        render.show(stem[:6], tmp_path, console)
+        show.show(stem[:6], tmp_path, console)
     with pytest.raises(BenchError, match="no record whose hash begins with 'zz'"):
-        render.show("zz", tmp_path, console)
+        show.show("zz", tmp_path, console)
     with pytest.raises(BenchError, match="no such file"):
-        render.show("no/where.json", tmp_path, console)
-    render.show(stem, tmp_path, console)
+        show.show("no/where.json", tmp_path, console)
+    show.show(stem, tmp_path, console)
 
 
 def test_report_imports_no_torch():

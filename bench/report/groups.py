@@ -1,0 +1,197 @@
+"""Which records may stand in one table: those that are equal in everything but method and seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bench.errors import BenchError
+from bench.record import Found, Record, scan
+from bench.report import published
+from bench.spec import RunSpec
+
+FAMILIES = ("fine-tuning", "single-task PEFT", "multi-task PEFT")
+
+
+def collect(folder: Path) -> tuple[list[Found], list[str]]:
+    """Every record under a folder, and a line for each JSON file that could not be read as one.
+
+    Raises BenchError where there is no folder or no record.
+    """
+    advice = "make some with: bench run --methods ours,mtlora --backbone swin_tiny"
+    if not folder.is_dir():
+        raise BenchError(f"no folder {folder}; {advice}")
+    everything = list(scan(folder))
+    found = [item for item in everything if isinstance(item, Found)]
+    problems = [" ".join(str(item).split()) for item in everything if isinstance(item, BenchError)]
+    if not found:
+        unreadable = f" ({len(problems)} unreadable, the first: {problems[0]})" if problems else ""
+        raise BenchError(f"no record in {folder}{unreadable}; {advice}")
+    return found, problems
+
+
+@dataclass(frozen=True)
+class Group:
+    """Records that may stand in one table: equal in everything but method and seed.
+
+    `key` is what they have in common, `title` the same for people, `marks` the warnings that go with every table.
+    """
+
+    key: Mapping[str, Any]
+    title: str
+    slug: str
+    marks: tuple[str, ...]
+    found: tuple[Found, ...]
+
+    @property
+    def spec(self) -> RunSpec:
+        """The first record's; method and seed are its own, the rest is common to all."""
+        return self.found[0].record.spec
+
+    @property
+    def random(self) -> bool:
+        return self.key["weights_used"] == "random"
+
+    @property
+    def trained(self) -> bool:
+        return self.spec.steps != 0
+
+    def methods(self) -> list[list[Record]]:
+        """The records of each method (its seeds), by family and then title."""
+        by_method: dict[str, list[Record]] = {}
+        for item in self.found:
+            by_method.setdefault(item.record.spec.method, []).append(item.record)
+        return sorted(by_method.values(), key=lambda records: _order(records[0]))
+
+
+def _order(record: Record) -> tuple[int, str, str]:
+    family = record.method.family
+    rank = FAMILIES.index(family) if family in FAMILIES else len(FAMILIES)
+    return rank, record.method.title.lower(), record.spec.method
+
+
+def groups(found: Iterable[Found]) -> list[Group]:
+    """Split records into those that may be compared, ordered by title."""
+    buckets: dict[str, list[Found]] = {}
+    for item in found:
+        buckets.setdefault(json.dumps(_setting(item.record.spec), sort_keys=True), []).append(item)
+    made = [
+        _group(setting, place, members)
+        for setting, items in buckets.items()
+        for place, members in _by_place(items).items()
+    ]
+    # Settings may differ in what no title spells out (an option of the recipe, say): then the slug tells them apart.
+    titles = Counter(group.title for group in made)
+    named = [
+        replace(group, title=f"{group.title} · setting {group.slug[-6:]}") if titles[group.title] > 1 else group
+        for group in made
+    ]
+    return sorted(named, key=lambda group: group.title)
+
+
+def _setting(spec: RunSpec) -> dict[str, Any]:
+    """What the spec says of the comparison. A recipe counts by its content: its names and prose decide nothing."""
+    setting = spec.model_dump(mode="json", exclude={"method", "seed", "recipe_name"})
+    setting["recipe"] = {key: value for key, value in setting["recipe"].items() if key not in ("title", "source")}
+    return setting
+
+
+Place = tuple[str | None, str | None]  # device and weights as found by the run itself; None where it died before
+
+
+def _place(record: Record) -> Place:
+    seen = record.provenance
+    if seen is None:
+        return None, None
+    cores = f", {seen.cores} cores" if seen.device == "cpu" else ""
+    return f"{seen.device} ({seen.device_name}{cores})", weights_of(record) if seen.weights else None
+
+
+def weights_of(record: Record) -> str:
+    """The weights that the run used, by its own account; by its spec's where it died before it loaded any."""
+    used = record.provenance and record.provenance.weights
+    return f"{used.source} {used.sha256[:12]}".strip() if used else record.spec.weights
+
+
+def _by_place(items: Sequence[Found]) -> dict[Place, list[Found]]:
+    """Split by device and weights. A cell that died before it knew them joins the one place it can belong to."""
+    complete = {place for place in map(_place, (item.record for item in items)) if None not in place}
+    places: dict[Place, list[Found]] = {}
+    for item in items:
+        mine = _place(item.record)
+        fitting = [p for p in complete if all(a in (None, b) for a, b in zip(mine, p, strict=True))]
+        places.setdefault(fitting[0] if len(fitting) == 1 else mine, []).append(item)
+    return places
+
+
+def _group(setting: str, place: Place, members: Sequence[Found]) -> Group:
+    spec = members[0].record.spec
+    device, weights = place[0] or spec.device, place[1] or spec.weights
+    key = json.loads(setting) | {"device_used": device, "weights_used": weights}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:6]
+    short = published.short_backbone(spec.backbone)
+    kept, marks = _one_each(members)
+    if weights == "random":
+        marks.insert(0, "RANDOM BACKBONE WEIGHTS, nothing was pretrained: accuracy and Delta-m do not rank the methods")
+    return Group(
+        key=key,
+        title=_title(members, device, weights),
+        slug=re.sub(r"[^\w-]", "_", f"{spec.dataset}-{short}-{spec.protocol}-{digest}"),
+        marks=(*marks, *_drift(kept)),
+        found=tuple(kept),
+    )
+
+
+def _title(members: Sequence[Found], device: str, weights: str) -> str:
+    spec = members[0].record.spec
+    length = f"{spec.epochs} epochs" if spec.steps is None else f"{spec.steps} steps" if spec.steps else "not trained"
+    return " · ".join(filter(None, (
+        spec.dataset,
+        f"data {spec.data_fingerprint[:8]}" if spec.data_fingerprint else "",
+        ", ".join(spec.tasks),
+        spec.backbone,
+        f"protocol {spec.protocol}",
+        f"decoder {spec.decoder}" if spec.decoder else "",
+        f"recipe {' = '.join(sorted({item.record.spec.recipe_name for item in members}))}",
+        length,
+        f"train limited to {spec.limit_train}" if spec.limit_train else "",
+        f"val limited to {spec.limit_val}" if spec.limit_val else "",
+        f"{spec.image_size[0]}x{spec.image_size[1]}",
+        f"batch {spec.batch_size}",
+        spec.precision,
+        "RANDOM backbone weights" if weights == "random" else f"{weights} weights",
+        device,
+    )))  # fmt: skip
+
+
+def _one_each(members: Sequence[Found]) -> tuple[list[Found], list[str]]:
+    """One record a method and seed: a cell found twice (merged folders) counts once, the latest good run of it."""
+    cells: dict[tuple[str, int], list[Found]] = {}
+    for item in members:
+        cells.setdefault((item.record.spec.method, item.record.spec.seed), []).append(item)
+
+    def rank(item: Found) -> tuple[bool, str]:
+        seen = item.record.provenance
+        return item.record.status == "ok", seen.started if seen else ""
+
+    twice = {cell: len(copies) for cell, copies in cells.items() if len(copies) > 1}
+    marks = [f"{n} records of {method}, seed {seed}: the latest good one counts" for (method, seed), n in twice.items()]
+    return [max(copies, key=rank) for copies in cells.values()], marks
+
+
+def _drift(found: Sequence[Found]) -> list[str]:
+    """Warnings for records that ran on different software; that alone does not keep them apart."""
+    seen = [item.record.provenance for item in found if item.record.provenance]
+    torch = sorted({p.packages["torch"] for p in seen if "torch" in p.packages})
+    commits = sorted({p.commit[:10] for p in seen if p.commit})
+    return [
+        *([f"rows ran on different torch versions: {', '.join(torch)}"] if len(torch) > 1 else []),
+        *([f"rows come from different commits: {', '.join(commits)}"] if len(commits) > 1 else []),
+        *(["some rows come from a working tree with uncommitted changes"] if any(p.dirty for p in seen) else []),
+    ]

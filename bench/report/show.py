@@ -1,0 +1,92 @@
+"""`bench show`: one record in full."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from bench.errors import BenchError
+from bench.record import Record, read
+from bench.report.groups import weights_of
+from bench.report.render import say
+from bench.report.sheets import MISSING
+from bench.report.tables import GIB
+from bench.tasks import TASKS
+
+
+def show(name: str, folder: Path, console: Console) -> None:
+    """Print one record: `name` is a JSON file, or the beginning of a record's hash under `folder`."""
+    path = _resolve(name, folder)
+    record = read(path)
+    for title, pairs in _sections(record).items():
+        if pairs:
+            say(console, f"\n{title}", "bold")
+            grid = Table.grid("", Column(overflow="fold"), padding=(0, 2))
+            for key, value in pairs.items():
+                grid.add_row(Text(key), Text(str(value)))
+            console.print(grid)
+    say(console, f"\n{path}", "dim")
+
+
+def _resolve(name: str, folder: Path) -> Path:
+    if Path(name).is_file():
+        return Path(name)
+    if name.endswith(".json") or "/" in name:
+        raise BenchError(f"no such file: {name}; give a record's JSON file or the beginning of its hash")
+    paths = [path for path in sorted(folder.rglob("*.json")) if name and path.stem.startswith(name)]
+    if not paths:
+        raise BenchError(f"no record whose hash begins with {name!r} in {folder}; the report's CSV files list them")
+    if len(paths) > 1:
+        several = ", ".join(str(path.relative_to(folder)) for path in paths[:5])
+        raise BenchError(f"{name!r} stands for {len(paths)} records, among them {several}; give more of the name")
+    return paths[0]
+
+
+def _sections(record: Record) -> dict[str, dict[str, Any]]:
+    """Title -> what to print. Sizes in GiB, times in seconds, counts in full."""
+    random = {"RANDOM WEIGHTS": "nothing was pretrained"} if weights_of(record) == "random" else {}
+    metrics = {}
+    for task, values in record.metrics.items():
+        by_key = {metric.key: metric for metric in TASKS[task].metrics} if task in TASKS else {}
+        for key, value in values.items():
+            unit = f" {by_key[key].unit}".rstrip() if key in by_key else ""
+            metrics[f"{TASKS[task].title if task in TASKS else task} {key}"] = (
+                MISSING if value is None else f"{value:.4g}{unit}"
+            )
+    time = record.time
+    seconds = pd.Series(time.samples if time else [], dtype=float)
+    return {
+        record.method.title: {"status": record.status.replace("_", " "), "family": record.method.family} | random,
+        "Failure": _flat(record.failure.model_dump()) if record.failure else {},
+        "Cell": _flat(record.spec.model_dump(exclude={"recipe"})),
+        "Recipe": _flat(record.spec.recipe.model_dump()),
+        "Run on": _flat(record.provenance.model_dump()) if record.provenance else {},
+        "Parameters": {k: f"{v:,}" for k, v in record.parameters.model_dump().items()} if record.parameters else {},
+        "Memory, GiB": {
+            key: value if isinstance(value, str) else f"{value / GIB:.3f}"
+            for key, value in (record.memory.model_dump() if record.memory else {}).items()
+            if value is not None
+        },
+        "Time, s/batch": {
+            "device": time.device, "median": f"{seconds.median():.4f}", "p90": f"{seconds.quantile(0.9):.4f}",
+            "steps": f"{len(seconds)} after {time.warmup} of warm-up", "batch size": time.batch_size,
+        } if time else {},
+        "Metrics": metrics,
+    }  # fmt: skip
+
+
+def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields as lines: what is empty is left out, what is nested gets dotted names, sequences their commas."""
+    lines: dict[str, Any] = {}
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            lines |= {f"{key}.{inner}": v for inner, v in _flat(value).items()}
+        elif value not in ("", None):
+            lines[key] = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+    return lines
