@@ -108,6 +108,10 @@ def jobs(
     for backbone in dict.fromkeys(name.strip() for name in settings.backbone.split(",")):
         name = backbones.full_name(backbone)
         source = backbones.resolve_weights(settings.weights, name)
+        if source.path:
+            backbones.load_backbone(
+                name, size, source
+            )  # the weights of another model are refused here, not by each cell
         check_buildable(configured, name, size, card.channels(tasks), settings.protocol, settings.decoder)
         for method, seed in itertools.product(configured, seeds):
             spec = RunSpec(

@@ -128,6 +128,7 @@ class Record(Part):
     time: Time | None = None
     metrics: dict[str, dict[str, float | None]] = {}  # task -> metric key -> value; None where nothing was valid
     per_class: dict[str, dict[str, float | None]] = {}  # task -> class name -> IoU in percent; None where absent
+    floor: dict[str, dict[str, float | None]] = {}  # the same metrics of the best constant prediction
     loader_wait: float | None = None  # seconds the training loop waited for data, in all
     history: list[dict[str, float]] = []  # step, loss, lr, loss of each task
 

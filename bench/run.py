@@ -24,6 +24,7 @@ from bench.record import Failure, MethodInfo, Parameters, Record, Status, Weight
 from bench.spec import Job
 
 Emit = Callable[..., None]
+FLOOR_SAMPLES = 200  # training images that the constant prediction is fitted on
 
 
 def method_info(expression: str) -> MethodInfo:
@@ -48,8 +49,9 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     import torch
     from accelerate import Accelerator
 
-    from bench.data.loader import DenseDataset, steps_per_epoch
+    from bench.data.loader import DenseDataset, steps_per_epoch, validation_batches
     from bench.measure.profile import measure, synthetic_batch
+    from bench.train.floor import fit_constants, score_constants
     from bench.train.loop import Trainer, evaluate, train
     from methods.backbones.load import WeightSource, load_backbone
     from methods.model import MultiTaskModel, Setting
@@ -119,6 +121,11 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
 
     emit("phase", name="evaluate")
     val_set = DenseDataset(card, "val", spec.tasks, spec.image_size, job.data_root, spec.limit_val)
+    fit_set = DenseDataset(
+        card, "train", spec.tasks, spec.image_size, job.data_root, min(spec.limit_train or FLOOR_SAMPLES, FLOOR_SAMPLES)
+    )
+    fit, score = (validation_batches(d, spec.batch_size, job.workers, pin=False) for d in (fit_set, val_set))
+    record.floor = _finite(score_constants(fit_constants(fit, channels), score, channels))
     values, per_class = evaluate(
         trainer.model,
         val_set,
@@ -128,13 +135,14 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
         accelerator,
         lambda step, total: emit("step", step=step, total=total),
     )
-    record.metrics = {
-        task: {key: value if math.isfinite(value) else None for key, value in figures.items()}
-        for task, figures in values.items()
-    }
+    record.metrics = _finite(values)
     record.per_class = {
         task: dict(zip(card.tasks[task].classes, values, strict=True)) for task, values in per_class.items()
     }
+
+
+def _finite(values: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    return {t: {k: v if math.isfinite(v) else None for k, v in figures.items()} for t, figures in values.items()}
 
 
 def blank_record(job: Job) -> Record:

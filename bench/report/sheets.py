@@ -165,7 +165,7 @@ def _label(row: Mapping[str, Any], letters: Letters) -> str:
     if row[tables.STATUS] == "published":
         return f"{row[tables.METHOD]} {published.MARK}({letters.mark(row[tables.SOURCE])})"
     words = [RANDOM] if RANDOM in row[tables.SOURCE] else []
-    if row[tables.STATUS] != "ok":
+    if row[tables.STATUS] not in ("ok", "floor"):
         words.append(row[tables.STATUS].upper())
     label = " · ".join([row[tables.METHOD], *words])
     return f"{label} ({letters.mark(row[tables.NOTE])})" if row[tables.NOTE] else label

@@ -110,13 +110,14 @@ def _delta(figures: Mapping[str, float], against: Baseline) -> tuple[float, str]
 
 
 def accuracy_table(group: Group, reference: str | None = None, *, strict: bool = True) -> pd.DataFrame:
-    """Table 1: one row a method (mean over its seeds), then the papers' rows of the same methods and backbone.
+    """Table 1: the best constant prediction, one row a method (mean over its seeds), and the papers' rows of the same
+    methods and backbone.
 
     `reference` takes the place of the single-task baseline in Delta-m. Raises BenchError where the group does not
     hold it, unless not `strict`: then Delta-m is missing.
     """
     against = _checked(group, reference, strict)
-    rows = []
+    rows = [_floor(group)] if any(item.record.floor for item in group.found) else []
     for records in group.methods():
         figures = _figures(group, records)
         deltas = [_delta(seed, against)[0] for seed in figures.to_dict("records")]
@@ -130,6 +131,13 @@ def accuracy_table(group: Group, reference: str | None = None, *, strict: bool =
         rows.append(_printed(group, printed, families) | metrics)
     columns = [column for task in group.spec.tasks for column in (headline(task), spread(headline(task)))]
     return _frame(rows, [METHOD, FAMILY, *columns, DELTA, spread(DELTA), DELTA_NOTE, TP, TP_PRINTED])
+
+
+def _floor(group: Group) -> dict[str, Any]:
+    """The best constant prediction on this data: a method that does not beat it has learnt nothing."""
+    floor = next(item.record.floor for item in group.found if item.record.floor)
+    metrics = {headline(t): floor.get(t, {}).get(TASKS[t].headline.key) for t in group.spec.tasks}
+    return {METHOD: "Constant prediction", FAMILY: "floor", STATUS: "floor", SOURCE: "measured", TP: 0.0} | metrics
 
 
 def efficiency_table(group: Group, reference: str | None = None, *, strict: bool = True) -> pd.DataFrame:

@@ -10,6 +10,8 @@ import math
 
 import torch
 from torch import Tensor
+
+import methods.backbones.torchvision_import  # noqa: F401  isort: skip  torchmetrics imports torchvision
 from torchmetrics import Metric
 
 from bench.data.decode import IGNORE

@@ -51,14 +51,13 @@ def full_name(name: str) -> str:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise MethodError(f"unknown backbone {name!r}{hint}; `bench list backbones` shows the short names")
-    tags = timm.models.get_pretrained_cfgs_for_arch(architecture) if not tag else ()
-    if tag and timm.get_pretrained_cfg(name, allow_unregistered=False) is None:
-        known = ", ".join(timm.list_pretrained(f"{architecture}*")) or "none"
-        raise MethodError(f"backbone {architecture!r} has no pretrained tag {tag!r}; known: {known}")
-    if not tag and tags:
-        config = timm.get_pretrained_cfg(architecture)
-        return f"{architecture}.{config.tag}" if config is not None and config.tag else architecture
-    return name
+    tagged = [known for known in timm.list_pretrained(f"{architecture}.*") if known.partition(".")[0] == architecture]
+    if tag and name not in tagged:
+        raise MethodError(
+            f"backbone {architecture} has no pretrained tag {tag!r}; known: {', '.join(tagged) or 'none'}"
+        )
+    config = timm.get_pretrained_cfg(name)
+    return f"{architecture}.{config.tag}" if config is not None and config.tag else architecture
 
 
 def pretrained_reachable(name: str, timeout: float = 5.0) -> bool:
@@ -161,13 +160,11 @@ def _load_file(model: nn.Module, path: Path, name: str) -> None:
             state = state.get("model", state.get("state_dict", state))
     except Exception as error:  # safetensors, pickle and OS errors share no base class
         raise MethodError(f"cannot read weights from {path}: {_first_line(error)}") from error
-    wanted = model.state_dict()
+    # Counters of batch norm decide nothing in evaluation, and some exporters change their shape.
+    wanted = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith("num_batches_tracked")}
     # A feature extractor flattens its top-level modules (stages.0 -> stages_0).
-    state = {
-        _flattened(key, wanted): tensor.float() if tensor.is_floating_point() else tensor
-        for key, tensor in state.items()
-    }
-    missing = [k for k in wanted if k not in state and not k.endswith(("num_batches_tracked", "attn_mask"))]
+    state = {_flattened(key, wanted): tensor for key, tensor in state.items()}
+    missing = [k for k in wanted if k not in state]
     wrong = [k for k, v in wanted.items() if k in state and state[k].shape != v.shape]
     if missing or wrong:
         example = f"lacks {missing[0]}" if missing else f"has another shape for {wrong[0]}"

@@ -1,42 +1,12 @@
-"""The one place where timm is imported.
-
-timm imports torchvision, whose Python part registers meta kernels for its C++ operators at import time. Where
-torch and torchvision come from different builds (a CPU-only torch beside PyPI's CUDA torchvision), that C++
-library cannot load and the import dies with "operator torchvision::nms does not exist". Nothing here calls those
-operators, so declaring their schemas is enough to let the import through. With a matching pair this does nothing.
-"""
+"""The one place where timm is imported: torchvision, which it imports, may need help first."""
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
+import methods.backbones.torchvision_import  # noqa: F401  isort: skip
 
-import torch
-
-_LIBRARY: torch.library.Library | None = None  # a Library's definitions live as long as the object
-
-
-def _declare_missing_operators() -> None:
-    global _LIBRARY
-    found = importlib.util.find_spec("torchvision")
-    if _LIBRARY is not None or found is None or found.origin is None or hasattr(torch.ops.torchvision, "nms"):
-        return
-    for extension in Path(found.origin).parent.glob("_C.*"):
-        try:
-            torch.ops.load_library(extension)
-            return
-        except OSError:
-            continue
-    _LIBRARY = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        _LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
-_declare_missing_operators()
-
-import timm  # noqa: E402
-import timm.data  # noqa: E402
-import timm.layers  # noqa: E402
-import timm.models  # noqa: E402
+import timm
+import timm.data
+import timm.layers
+import timm.models
 
 __all__ = ["timm"]

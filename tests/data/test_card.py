@@ -1,0 +1,211 @@
+"""Dataset cards: what is refused and how, which ids are used, and what the fingerprint stands for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bench.data import card as cards
+from bench.data.card import Card
+from bench.errors import BenchError
+from bench.tasks import TASKS
+
+GOOD = {
+    "name": "own",
+    "title": "My own data",
+    "image_size": [48, 64],
+    "image": "images/{id}.jpg",
+    "splits": {"train": "train.txt", "val": "val.txt"},
+    "tasks": {
+        "semseg": {"path": "seg/{id}.png", "classes": ["floor", "wall", "lamp"]},
+        "depth": {"path": "depth/{id}.npy"},
+    },
+}
+
+
+def refusal(folder: Path, **changes) -> str:
+    """The one line with which a card with these changes is refused."""
+    path = folder / "own.yaml"
+    path.write_text(yaml.safe_dump(GOOD | changes))
+    with pytest.raises(BenchError) as error:
+        cards.load(str(path))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_good_card_loads(tmp_path):
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(GOOD))
+    card = cards.load(str(tmp_path / "own.yaml"))
+    assert card.image_size == (48, 64)
+    assert card.tasks["semseg"].classes == ("floor", "wall", "lamp")
+
+
+@pytest.mark.parametrize("pattern", ["images/a.jpg", "images/{name}.jpg", "{id}/{other}.jpg", "images/{id.jpg", ""])
+def test_an_image_pattern_has_id_and_no_other_field(tmp_path, pattern):
+    assert "image: " in refusal(tmp_path, image=pattern)
+
+
+@pytest.mark.parametrize("pattern", ["{id:04d}.jpg", "{id!z}.jpg"])
+def test_a_pattern_that_cannot_take_a_text_id_is_refused(tmp_path, pattern):
+    assert pattern in refusal(tmp_path, image=pattern)
+
+
+@pytest.mark.parametrize("pattern", ["/data/{id}.jpg", "../{id}.jpg", "images/../../{id}.jpg"])
+def test_a_pattern_stays_below_the_data_root(tmp_path, pattern):
+    assert "below the data root" in refusal(tmp_path, image=pattern)
+
+
+def test_a_tasks_pattern_is_checked_too(tmp_path):
+    assert "tasks.depth.path" in refusal(tmp_path, tasks={"depth": {"path": "depth/all.npy"}})
+
+
+@pytest.mark.parametrize("task", ["semseg", "human_parts"])
+@pytest.mark.parametrize("classes", [[], ["all"]])
+def test_a_task_with_classes_needs_two_of_them(tmp_path, task, classes):
+    tasks = {task: {"path": "a/{id}.png", "classes": classes}}
+    assert "at least two 'classes'" in refusal(tmp_path, tasks=tasks)
+
+
+def test_an_unknown_task_is_refused_with_a_near_miss(tmp_path):
+    message = refusal(tmp_path, tasks={"semsge": {"path": "a/{id}.png"}})
+    assert "unknown task 'semsge' (did you mean 'semseg'?)" in message
+
+
+def test_a_card_has_a_task(tmp_path):
+    assert "at least one task" in refusal(tmp_path, tasks={})
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_both_splits_are_needed(tmp_path, split):
+    other = {"train": "val", "val": "train"}[split]
+    assert f"splits lacks {split}" in refusal(tmp_path, splits={other: "list.txt"})
+
+
+def test_files_have_lists_of_ids_and_scenes_have_numbers(tmp_path):
+    assert "splits.train must be the path" in refusal(tmp_path, splits={"train": 5, "val": "val.txt"})
+    message = refusal(tmp_path, source="scenes", splits={"train": "train.txt", "val": 5})
+    assert "splits.train must be a number" in message
+
+
+def test_default_tasks_are_among_the_tasks(tmp_path):
+    assert "default_tasks names 'edge'" in refusal(tmp_path, default_tasks=["edge"])
+
+
+@pytest.mark.parametrize("scale", [0, -0.1])
+def test_a_depth_scale_is_positive(tmp_path, scale):
+    tasks = {"depth": {"path": "d/{id}.png", "scale": scale}}
+    assert "tasks.depth.scale" in refusal(tmp_path, tasks=tasks)
+
+
+def test_the_image_size_is_two_numbers(tmp_path):
+    assert "image_size" in refusal(tmp_path, image_size=[48])
+    assert "image_size.0" in refusal(tmp_path, image_size=[8, 64])
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "/elsewhere", ""])
+def test_a_name_is_fit_for_a_folder_of_records(tmp_path, name):
+    assert "name" in refusal(tmp_path, name=name)
+
+
+def test_channels_come_from_the_task_or_from_the_classes():
+    assert Card(**GOOD).channels(("depth", "semseg")) == {"depth": TASKS["depth"].channels, "semseg": 3}
+
+
+def write_list(root: Path, names: list[str]) -> Path:
+    (root / "train.txt").write_text("\n".join(names) + "\n")
+    return root
+
+
+def test_ids_are_read_in_file_order(tmp_path):
+    assert cards.ids(Card(**GOOD), "train", write_list(tmp_path, ["c", "a", "b"])) == ["c", "a", "b"]
+
+
+def test_a_limit_picks_evenly_spaced_ids_and_always_the_same(tmp_path):
+    write_list(tmp_path, [str(i) for i in range(100)])
+    chosen = [int(name) for name in cards.ids(Card(**GOOD), "train", tmp_path, 7)]
+    gaps = {later - earlier for earlier, later in zip(chosen, chosen[1:], strict=False)}
+    assert len(chosen) == 7
+    assert gaps <= {14, 15}
+    assert chosen[0] == 0 and chosen[-1] >= 100 - 15
+    assert cards.ids(Card(**GOOD), "train", tmp_path, 7) == [str(i) for i in chosen]
+
+
+@pytest.mark.parametrize("limit", [3, 4, 1000])
+def test_a_limit_beyond_the_list_is_the_list(tmp_path, limit):
+    assert cards.ids(Card(**GOOD), "train", write_list(tmp_path, ["c", "a", "b"]), limit) == ["c", "a", "b"]
+
+
+def test_scenes_of_training_and_validation_do_not_overlap():
+    card = cards.load("scenes")
+    train, val = cards.ids(card, "train", None), cards.ids(card, "val", None)
+    assert (len(set(train)), len(set(val))) == (card.splits["train"], card.splits["val"])
+    assert not set(train) & set(val)
+    assert set(cards.ids(card, "val", None, 10)) <= set(val)
+
+
+@pytest.mark.parametrize("text, expected", [("", "is empty"), ("a b a", "names the image 'a' twice")])
+def test_an_unusable_list_is_refused_by_path(tmp_path, text, expected):
+    (tmp_path / "train.txt").write_text(text)
+    with pytest.raises(BenchError, match=expected) as error:
+        cards.ids(Card(**GOOD), "train", tmp_path)
+    assert str(tmp_path / "train.txt") in str(error.value)
+
+
+def test_a_list_that_is_no_text_is_refused_by_path(tmp_path):
+    (tmp_path / "train.txt").write_bytes(b"\xff\xfe1\x002")
+    with pytest.raises(BenchError, match=r"train\.txt"):
+        cards.ids(Card(**GOOD), "train", tmp_path)
+
+
+def test_a_missing_list_names_its_path(tmp_path):
+    with pytest.raises(BenchError, match="--data-root") as error:
+        cards.ids(Card(**GOOD), "train", tmp_path)
+    assert str(tmp_path / "train.txt") in str(error.value)
+
+
+def test_check_files_names_the_first_missing_file_and_counts_the_others(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").touch()
+    with pytest.raises(BenchError, match="and 2 more files") as error:
+        cards.check_files(Card(**GOOD), tmp_path, ["a", "b"], ("depth",))
+    assert str(tmp_path / "depth" / "a.npy") in str(error.value)
+
+
+def test_only_the_files_of_the_chosen_tasks_are_needed(tmp_path):
+    for name in ("images/a.jpg", "depth/a.npy"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    cards.check_files(Card(**GOOD), tmp_path, ["a"], ("depth",))
+
+
+def test_tasks_are_chosen_in_the_cards_order():
+    card = Card(**GOOD)
+    assert cards.choose_tasks(card, "depth, semseg") == ("semseg", "depth")
+    assert cards.choose_tasks(card, "depth") == ("depth",)
+    assert cards.choose_tasks(card, None) == ("semseg", "depth")
+    assert cards.choose_tasks(Card(**GOOD | {"default_tasks": ("depth",)}), None) == ("depth",)
+
+
+def test_the_fingerprint_changes_with_what_decides_the_data():
+    card, train, val, tasks = Card(**GOOD), ["1", "2"], ["3"], ("semseg", "depth")
+    base = cards.fingerprint(card, train, val, tasks)
+    depth = card.tasks["depth"].model_copy(update={"scale": 0.001})
+    others = {
+        cards.fingerprint(card, ["1"], val, tasks),
+        cards.fingerprint(card, ["2", "1"], val, tasks),
+        cards.fingerprint(card, train, ["4"], tasks),
+        cards.fingerprint(card, train, val, ("semseg",)),
+        cards.fingerprint(card.model_copy(update={"image": "others/{id}.jpg"}), train, val, tasks),
+        cards.fingerprint(card.model_copy(update={"tasks": card.tasks | {"depth": depth}}), train, val, tasks),
+    }
+    assert len(others) == 6 and base not in others
+    assert cards.fingerprint(card.model_copy(update={"title": "Reworded"}), train, val, tasks) == base
+
+
+def test_the_fingerprint_of_scenes_follows_the_renderers_version(monkeypatch):
+    card = cards.load("scenes")
+    before = cards.fingerprint(card, ["1"], ["2"], ("depth",))
+    monkeypatch.setattr(cards.scenes, "VERSION", "another")
+    assert cards.fingerprint(card, ["1"], ["2"], ("depth",)) != before
