@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import signal
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -201,8 +201,6 @@ def _warn_random(console: Console) -> None:
 
 
 def main() -> None:
+    # Asked to terminate, stop as after Ctrl-C: the cell that runs leaves its checkpoint and its record.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -28,15 +28,20 @@ def table(what: str) -> Table:
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
-    for column in columns:
+    table.add_column(columns[0], no_wrap=True)  # what a user types stays in one piece
+    for column in columns[1:]:
         table.add_column(column, overflow="fold")
     return table
+
+
+def _with_source(title: str, source: str) -> str:
+    return f"{title}\n[dim]{source}[/dim]" if source else title
 
 
 def _methods() -> Table:
     from methods.registry import all_methods
 
-    out = _table("methods", "name", "title", "family", "options and their defaults", "reference")
+    out = _table("methods", "name", "title", "family", "options and their defaults")
     for method in all_methods().values():
         defaults = method.options()
         options = ", ".join(
@@ -44,8 +49,8 @@ def _methods() -> Table:
             for field in dataclasses.fields(defaults)
             for value in [getattr(defaults, field.name)]
         )
-        names = " = ".join((method.name, *method.aliases))
-        out.add_row(names, method.title, method.family, escape(options), method.citation)
+        names = "\n= ".join((method.name, *method.aliases))
+        out.add_row(names, _with_source(method.title, method.citation), method.family, escape(options))
     return out
 
 
@@ -71,18 +76,20 @@ def _datasets() -> Table:
 
 
 def _recipes() -> Table:
-    out = _table("recipes", "name", "title", "optimizer", "schedule", "batch", "length", "source")
+    out = _table("recipes", "name", "title", "optimizer", "schedule", "batch", "length")
     for name in resources.names("recipes"):
         r = recipe.load(name)
         length = f"{r.epochs} epochs" if r.epochs else f"{r.steps} steps"
-        rate = f"{r.optimizer.name} {r.optimizer.lr:g}"
-        out.add_row(name, r.title, rate, r.schedule.name, str(r.batch_size), length, r.source)
+        base = f" at batch {r.optimizer.base_batch_size}" if r.optimizer.base_batch_size else ""
+        rate = f"{r.optimizer.name} {r.optimizer.lr:g}{base}"
+        out.add_row(name, _with_source(r.title, r.source), rate, r.schedule.name, str(r.batch_size), length)
     return out
 
 
 def _suites() -> Table:
-    out = _table("suites", "name", "title", "methods", "backbones", "source")
+    out = _table("suites", "name", "title", "methods", "backbones")
     for name in resources.names("suites"):
         suite = grid.load_suite(name)
-        out.add_row(name, suite.title, escape(suite.settings.methods), suite.settings.backbone, suite.source)
+        title = _with_source(suite.title, suite.source)
+        out.add_row(name, title, escape(suite.settings.methods), suite.settings.backbone.replace(",", "\n"))
     return out

@@ -181,7 +181,10 @@ def main() -> None:
     channel = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
 
     def emit(event: str, **values: Any) -> None:
-        channel.write(json.dumps({"event": event, **values}) + "\n")
+        try:
+            channel.write(json.dumps({"event": event, **values}) + "\n")
+        except BrokenPipeError:  # nobody listens any more: stop in an orderly way, with a checkpoint
+            raise KeyboardInterrupt from None
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -198,9 +201,8 @@ def main() -> None:
             record.status, record.failure = classify(error)
         record.provenance.seconds = round(time.monotonic() - started, 1)
         record.write(job.out)
-    if record.status == "ok":
+    if record.status in ("ok", "diverged"):
         job.checkpoint_path.unlink(missing_ok=True)
-    emit("done", status=record.status)
     sys.exit(130 if record.status == "interrupted" else 0)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -68,7 +69,7 @@ def run_all(jobs: Sequence[Job], console: Console, retry: bool = False) -> list[
     with Progress(*columns, console=console, transient=False) as progress:
         cells = progress.add_task("cells", total=len(jobs), note="")
         for job in jobs:
-            label = f"{job.spec.method} · {job.spec.backbone.split('.')[0]} · seed {job.spec.seed}"
+            label = f"{escape(job.spec.method)} · {job.spec.backbone.split('.')[0]} · seed {job.spec.seed}"
             result = finished(job, retry)
             if result is None:
                 line = progress.add_task(label, total=None, note="starting")
@@ -77,7 +78,7 @@ def run_all(jobs: Sequence[Job], console: Console, retry: bool = False) -> list[
                 verb = "done"
             else:
                 verb = "kept"
-            console.print(_summary(label, verb, result, job))
+            console.print(_summary(label, verb, result))
             results.append(result)
             progress.advance(cells)
     return results
@@ -91,8 +92,6 @@ def _run_one(job: Job, progress: Progress, line: TaskID) -> Record:
     if job.spec.device_kind == "cuda":
         visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
         environment["CUDA_VISIBLE_DEVICES"] = visible[job.device_index] if visible else str(job.device_index)
-        # Without room for fragmentation a card that is nearly full fails where it need not.
-        environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     with tempfile.TemporaryDirectory() as folder, open(job.log_path, "w", encoding="utf-8") as log:
         request = Path(folder, "job.json")
         request.write_text(job.model_dump_json(), encoding="utf-8")
@@ -111,13 +110,12 @@ def _run_one(job: Job, progress: Progress, line: TaskID) -> Record:
         except KeyboardInterrupt:
             progress.update(line, note="stopping after this step")
             _stop(process)
-            if process.returncode != 130:
+            if process.returncode not in (0, 130):  # it could not write its own record
                 _crashed(job, process.returncode, "interrupted").write(job.out)
             raise
     if process.returncode == 0:
         job.log_path.unlink(missing_ok=True)
-        return records.read(job.record_path)
-    if process.returncode == 130:  # the cell itself was interrupted, by somebody else's signal
+    if process.returncode in (0, 130):  # 130: the cell itself was interrupted, by somebody else's signal
         return records.read(job.record_path)
     crashed = _crashed(job, process.returncode, "failed")
     crashed.write(job.out)
@@ -158,13 +156,9 @@ def _show(event: dict, progress: Progress, line: TaskID) -> None:
         progress.update(line, **values)
 
 
-def _summary(label: str, verb: str, result: Record, job: Job) -> str:
+def _summary(label: str, verb: str, result: Record) -> str:
     if result.status != "ok":
-        return f"[red]{result.status}[/red] {label}: {result.failure.message if result.failure else ''}".replace(
-            "[/red] ", "[/red]  "
-        )
-    parts = [
-        f"{result.parameters.trainable / 1e6:.2f} M trainable",
-        f"{result.time.median:.3f} s/batch on {result.time.device}",
-    ]
-    return f"[green]{verb}[/green]  {label}: {', '.join(parts)}"
+        reason = f": {escape(result.failure.message)}" if result.failure else ""
+        return f"[red]{result.status.replace('_', ' ')}[/red]  {label}{reason}"
+    figures = f"{result.parameters.trainable / 1e6:.2f} M trainable, {result.time.median:.3f} s/batch"
+    return f"[green]{verb}[/green]  {label}: {figures} on {result.time.device}"

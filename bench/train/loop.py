@@ -135,7 +135,7 @@ def train(
     log_every = max(1, total // 100)
     pin = trainer.accelerator.device.type == "cuda"
     batches = iter(training_batches(dataset, batch_size, progress.step, total, workers, pin))
-    saved = time.monotonic()
+    began = saved = time.monotonic()
     try:
         while progress.step < total:
             started = time.monotonic()
@@ -150,6 +150,8 @@ def train(
             if time.monotonic() - saved > checkpoint_seconds:
                 save_checkpoint(checkpoint, trainer, progress)
                 saved = time.monotonic()
+        if time.monotonic() - began > checkpoint_seconds:  # evaluation may be interrupted too
+            save_checkpoint(checkpoint, trainer, progress)
     except KeyboardInterrupt:
         save_checkpoint(checkpoint, trainer, progress)
         raise

@@ -14,8 +14,8 @@ PLAIN = TaskCard()
 THREE = TaskCard(classes=("a", "b", "c"))
 
 
-def png(path, array, mode=None):
-    Image.fromarray(np.asarray(array), mode).save(path)
+def png(path, array):
+    Image.fromarray(array).save(path)
     return path
 
 
@@ -33,7 +33,7 @@ def test_an_image_is_rgb_whatever_it_is_stored_as(tmp_path):
 
 def test_a_palette_pngs_labels_are_its_indices_not_its_colours(tmp_path):
     indices = np.array([[0, 1], [2, 255]], np.uint8)
-    image = Image.fromarray(indices, "L").convert("P")
+    image = Image.fromarray(indices).convert("P")
     image.putdata(indices.ravel().tolist())
     image.putpalette([value for i in range(256) for value in (255 - i, 3 * i % 256, 90)])
     image.save(tmp_path / "a.png")

@@ -33,7 +33,7 @@ def pixel(plane, row, column):
 
 def bilinear(plane, y, x):
     """plane (H, W, c) at pixel coordinates where 0 is the centre of the first pixel; zero outside."""
-    top, left = math.floor(y), math.floor(x)
+    top, left = math.floor(float(y.detach())), math.floor(float(x.detach()))
     dy, dx = y - top, x - left
     return (
         pixel(plane, top, left) * (1 - dy) * (1 - dx)
@@ -304,5 +304,5 @@ def test_rank_must_divide_the_channels(build):
 
 @pytest.mark.parametrize("r", [1, 2, 8, 24])
 def test_any_divisor_runs(build, r):
-    out = build(f"ours[r={r}]", tasks={"semseg": 5})(torch.rand(1, 3, 32, 32))
+    out = build(f"ours[r={r}]", tasks={"semseg": 5}, size=(32, 32))(torch.rand(1, 3, 32, 32))
     assert out["semseg"].shape == (1, 5, 32, 32)

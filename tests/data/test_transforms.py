@@ -1,0 +1,213 @@
+"""Geometry on analytic scenes: where a pixel goes is known in closed form, for the image and for every label."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench.data import transforms
+from bench.recipe import Augment
+
+HEIGHT, WIDTH = 48, 64
+LABELS = ("semseg", "human_parts", "saliency", "edge", "depth", "normals")
+IGNORED = {"image": 0, "semseg": 255, "human_parts": 255, "saliency": 255, "edge": 255, "depth": 0, "normals": 0}
+
+
+def ramps(height=HEIGHT, width=WIDTH):
+    """Red and depth say a pixel's column, green and the classes its row."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return {
+        "image": torch.stack([columns / width, rows / height, torch.ones(height, width)]).float(),
+        "semseg": rows.clone(),
+        "human_parts": rows.clone(),
+        "saliency": (columns % 2).float(),
+        "edge": (rows % 2).float(),
+        "depth": columns.float() + 1,
+        "normals": torch.tensor([0.6, 0.0, -0.8]).view(3, 1, 1).expand(3, height, width).clone(),
+    }
+
+
+def blob(x, y, size=65):
+    """A soft spot in the image and a disc in the labels, (x, y) pixels from the centre."""
+    ys, xs = torch.meshgrid(*2 * [torch.arange(size) - (size - 1) / 2], indexing="ij")
+    square = (xs - x) ** 2 + (ys - y) ** 2
+    disc = square < 4.5**2
+    return {
+        "image": torch.exp(-square / 8).expand(3, -1, -1).clone(),
+        "semseg": disc.long(),
+        "depth": 1.0 + disc,
+        "normals": F.normalize(torch.stack([0.8 * disc, 0 * square, -torch.ones(size, size)]), dim=0),
+    }
+
+
+def centroid(weight):
+    ys, xs = torch.meshgrid(*[torch.arange(side) - (side - 1) / 2 for side in weight.shape], indexing="ij")
+    return torch.stack([(weight * xs).sum(), (weight * ys).sum()]) / weight.sum()
+
+
+def test_to_tensors_gives_the_documented_types():
+    shape = (4, 6)
+    arrays = {"image": np.full((*shape, 3), 255, np.uint8), "normals": np.zeros((*shape, 3), np.float32)}
+    arrays |= {name: np.full(shape, 255, np.uint8) for name in ("semseg", "human_parts", "saliency", "edge")}
+    arrays["depth"] = np.ones(shape, np.float32)
+    sample = transforms.to_tensors(arrays)
+    assert sample["image"].shape == sample["normals"].shape == (3, *shape)
+    assert sample["image"].dtype == torch.float32 and sample["image"].max() == 1
+    assert {name for name, x in sample.items() if x.dtype == torch.int64} == {"semseg", "human_parts"}
+    assert sample["semseg"].unique().item() == sample["edge"].unique().item() == 255
+
+
+def test_hflip_twice_is_the_identity():
+    sample = ramps()
+    twice = transforms.hflip(transforms.hflip(sample))
+    for name, x in sample.items():
+        torch.testing.assert_close(twice[name], x, rtol=0, atol=0)
+
+
+def test_hflip_mirrors_everything_and_turns_the_normals_x():
+    sample, flipped = ramps(), transforms.hflip(ramps())
+    for name in ("image", "semseg", "depth", "saliency"):
+        torch.testing.assert_close(flipped[name][..., 0], sample[name][..., -1], rtol=0, atol=0)
+    torch.testing.assert_close(flipped["normals"][:, 0, 0], torch.tensor([-0.6, 0.0, -0.8]))
+
+
+@pytest.mark.parametrize("degrees, zoom", [(0, 1.5), (0, 0.7), (20, 1), (-35, 1.25), (90, 1), (170, 0.8)])
+def test_rotate_and_zoom_keeps_image_and_labels_registered_to_half_a_pixel(degrees, zoom):
+    moved = transforms.rotate_and_zoom(ramps(), degrees, zoom)
+    column, row = moved["image"][0] * WIDTH, moved["image"][1] * HEIGHT
+    inside = moved["image"][2] > 0.5  # the third channel was 1 everywhere
+    # Nearest labels and bilinear colours of the same place differ by half a source pixel at most.
+    assert inside.float().mean() > 0.3
+    assert (moved["depth"] * zoom - 1 - column)[inside].abs().max() <= 0.5 + 1e-2
+    assert (moved["semseg"] - row)[inside].abs().max() <= 0.5 + 1e-2
+    assert torch.equal(moved["semseg"], moved["human_parts"])
+    for name in ("semseg", "human_parts", "saliency", "edge", "depth"):
+        assert torch.equal(moved[name] == IGNORED[name], ~inside), name
+
+
+@pytest.mark.parametrize("degrees, zoom", [(30, 1.0), (-75, 0.8), (140, 1.25)])
+def test_a_spot_goes_clockwise_and_outwards_with_the_zoom(degrees, zoom):
+    x, y, angle = 12.0, -5.0, math.radians(degrees)
+    moved = transforms.rotate_and_zoom(blob(x, y), degrees, zoom)
+    # With y pointing down, (1, 0) turns clockwise towards (0, 1).
+    expected = zoom * torch.tensor([math.cos(angle) * x - math.sin(angle) * y, math.sin(angle) * x + math.cos(angle) * y])
+    torch.testing.assert_close(centroid(moved["image"][0]), expected, rtol=0, atol=0.1)
+    torch.testing.assert_close(centroid((moved["semseg"] == 1).float()), expected, rtol=0, atol=0.5)
+    torch.testing.assert_close(centroid((moved["depth"] * zoom > 1.5).float()), expected, rtol=0, atol=0.5)
+    tilted = moved["normals"][:2].norm(dim=0) > 0.3
+    torch.testing.assert_close(centroid(tilted.float()), expected, rtol=0, atol=0.5)
+
+
+@pytest.mark.parametrize("quarters", [1, 2, 3, -1])
+def test_quarter_turns_of_a_square_are_exact_and_clockwise(quarters):
+    sample = {name: x for name, x in ramps(33, 33).items() if name != "normals"}
+    moved = transforms.rotate_and_zoom(sample, 90 * quarters, 1.0)
+    for name, x in sample.items():
+        # torch.rot90 counts anticlockwise as seen with y down.
+        torch.testing.assert_close(moved[name], torch.rot90(x, -quarters, (-2, -1)), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("degrees", [0, 25, 90, -130])
+def test_normals_turn_in_the_picture_plane(degrees):
+    angle = math.radians(degrees)
+    sample = ramps()
+    sample["normals"] = torch.tensor([0.48, 0.36, -0.8]).view(3, 1, 1).expand(3, HEIGHT, WIDTH)
+    moved = transforms.rotate_and_zoom(sample, degrees, 1.1)["normals"]
+    expected = torch.tensor(
+        [
+            math.cos(angle) * 0.48 - math.sin(angle) * 0.36,
+            math.sin(angle) * 0.48 + math.cos(angle) * 0.36,
+            -0.8,
+        ]
+    )
+    inside = moved.norm(dim=0) > 0.5
+    assert inside.any()
+    torch.testing.assert_close(moved[:, inside], expected[:, None].expand(3, int(inside.sum())), rtol=0, atol=1e-5)
+
+
+def test_zooming_out_ignores_what_comes_from_outside():
+    moved = transforms.rotate_and_zoom(ramps(), 0, 0.5)
+    rows, columns = slice(HEIGHT // 4, -HEIGHT // 4), slice(WIDTH // 4, -WIDTH // 4)
+    inside = torch.zeros(HEIGHT, WIDTH, dtype=torch.bool)
+    inside[rows, columns] = True
+    for name, value in IGNORED.items():
+        assert (moved[name][..., ~inside] == value).all(), name
+    assert (moved["semseg"][inside] < HEIGHT).all()
+    assert (moved["depth"][inside] >= 2).all()  # divided by the zoom
+    torch.testing.assert_close(moved["normals"][:, inside].norm(dim=0), torch.ones(int(inside.sum())))
+
+
+def test_nearest_labels_make_no_new_values():
+    moved = transforms.rotate_and_zoom(ramps(), 33, 0.9)
+    assert set(moved["saliency"].unique().tolist()) <= {0, 1, 255}
+    assert moved["semseg"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("size", [(96, 128), (24, 32), (36, 100), (61, 47)])
+def test_resize_keeps_image_and_labels_registered_to_half_a_pixel(size):
+    resized = transforms.resize(ramps(), size)
+    rim = 3  # source pixels; at the rim an antialiasing kernel is cut off
+    column, row = resized["image"][0] * WIDTH, resized["image"][1] * HEIGHT
+    centre = (torch.arange(size[1]) + 0.5) * WIDTH / size[1] - 0.5
+    inside = (column > rim) & (column < WIDTH - 1 - rim) & (row > rim) & (row < HEIGHT - 1 - rim)
+    assert all(x.shape[-2:] == size for x in resized.values())
+    assert (column - centre)[inside].abs().max() < 0.05
+    assert (resized["depth"] - 1 - column)[inside].abs().max() <= 0.5 + 0.05
+    assert (resized["semseg"] - row)[inside].abs().max() <= 0.5 + 0.05
+    assert set(resized["saliency"].unique().tolist()) <= {0, 1}
+
+
+def test_resize_keeps_types_and_a_sample_that_has_the_size():
+    sample = ramps()
+    assert transforms.resize(sample, (HEIGHT, WIDTH))["image"] is sample["image"]
+    assert {k: v.dtype for k, v in transforms.resize(sample, (20, 20)).items()} == {k: v.dtype for k, v in sample.items()}
+
+
+def test_resized_normals_are_unit_or_ignored():
+    sample = ramps()
+    normals = sample["normals"]
+    normals[:, :, WIDTH // 2 :] = torch.tensor([0.0, 0.6, -0.8]).view(3, 1, 1)
+    normals[:, : HEIGHT // 2] = 0
+    resized = transforms.resize(sample, (73, 91))["normals"]
+    length = resized.norm(dim=0)
+    assert ((length - 1).abs().lt(1e-5) | length.eq(0)).all()
+    assert (length[:35] == 0).all() and (length[38:] > 0).all()
+    torch.testing.assert_close(resized[:, 60, 10], torch.tensor([0.6, 0.0, -0.8]))
+    torch.testing.assert_close(resized[:, 60, 80], torch.tensor([0.0, 0.6, -0.8]))
+
+
+def test_augment_depends_on_the_generators_state_alone():
+    settings = Augment(hflip=0.5, rotate=20, scale=(0.75, 1.25))
+    draw = lambda seed: transforms.augment(ramps(), settings, torch.Generator().manual_seed(seed))  # noqa: E731
+    first, again, other = draw(1), draw(1), draw(2)
+    for name in first:
+        torch.testing.assert_close(first[name], again[name], rtol=0, atol=0)
+    assert not torch.equal(first["image"], other["image"])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_augment_with_certain_outcomes(seed):
+    generator = torch.Generator().manual_seed(seed)
+    sample = ramps()
+    same = transforms.augment(sample, Augment(hflip=0), generator)
+    flipped = transforms.augment(sample, Augment(hflip=1), generator)
+    nearer = transforms.augment(sample, Augment(hflip=0, scale=(2, 2)), generator)
+    for name in LABELS:
+        torch.testing.assert_close(same[name], sample[name], rtol=0, atol=0)
+        torch.testing.assert_close(flipped[name], transforms.hflip(sample)[name], rtol=0, atol=0)
+        torch.testing.assert_close(nearer[name], transforms.rotate_and_zoom(sample, 0, 2)[name], rtol=0, atol=0)
+
+
+def test_augment_draws_within_the_recipes_ranges(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(transforms, "rotate_and_zoom", lambda s, degrees, zoom: drawn.append((degrees, zoom)) or s)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        transforms.augment(ramps(4, 4), Augment(rotate=20, scale=(0.75, 1.25)), generator)
+    degrees, zooms = torch.tensor(drawn).T
+    assert -20 <= degrees.min() < -17 and 17 < degrees.max() <= 20
+    assert 0.75 <= zooms.min() < 0.8 and 1.2 < zooms.max() <= 1.25

@@ -1,0 +1,162 @@
+"""Method expressions: reading, expanding, the canonical form, and errors that fit on a line."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+import methods
+from methods import registry
+from methods.registry import Method, MethodError, all_methods, get, parse, register
+
+
+def canonical(text):
+    return [configured.expression for configured in parse(text)]
+
+
+@pytest.fixture
+def clean_registry(monkeypatch):
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ours", ["bdta_mote"]),
+        ("bdta_mote", ["bdta_mote"]),
+        ("ours[]", ["bdta_mote"]),
+        ("ours[r=4]", ["bdta_mote"]),
+        ("ours[r=4,direction=both,mote=on]", ["bdta_mote"]),
+        ("ours[mote=off,r=2]", ["bdta_mote[r=2,mote=off]"]),
+        (" ours[ r = 2 , mote = FALSE ] ", ["bdta_mote[r=2,mote=off]"]),
+        ("ours[direction=g2t]", ["bdta_mote[direction=g2t]"]),
+        ("mtlora[scale=4]", ["mtlora"]),
+        ("mtlora[dropout=0,rank=16]", ["mtlora[rank=16,dropout=0]"]),
+        ("ours,mtlora", ["bdta_mote", "mtlora"]),
+        ("mtlora,ours,mtlora[rank=64]", ["mtlora", "bdta_mote"]),
+        ("ours[r=2|4|8]", ["bdta_mote[r=2]", "bdta_mote", "bdta_mote[r=8]"]),
+        ("ours[r=2|2]", ["bdta_mote[r=2]"]),
+        (
+            "ours[r=2|4,direction=g2t|t2g]",
+            [f"bdta_mote[{r}direction={d}]" for r in ("r=2,", "") for d in ("g2t", "t2g")],
+        ),
+        ("ours[r=2,mote=off],mtlora[rank=16|32]", ["bdta_mote[r=2,mote=off]", "mtlora[rank=16]", "mtlora[rank=32]"]),
+    ],
+)
+def test_expressions(text, expected):
+    assert canonical(text) == expected
+
+
+def test_all_is_every_method_by_name():
+    assert canonical("all") == sorted(all_methods()) == list(all_methods())
+    assert canonical("mtlora,all,ours[r=2]")[0] == "mtlora"
+    assert set(canonical("mtlora,all,ours[r=2]")) == {*all_methods(), "bdta_mote[r=2]"}
+
+
+@pytest.mark.parametrize("text", ["ours", "ours[r=8,mote=off]", "mtlora[rank=16,scale=0.5,dropout=0.1234567]"])
+def test_canonical_form_reads_back_as_itself(text):
+    (configured,) = parse(text)
+    assert parse(configured.expression) == [configured]
+
+
+def test_values_reach_the_options():
+    (configured,) = parse("mtlora[rank=16,drop_path=0.3]")
+    assert (configured.options.rank, configured.options.drop_path, configured.options.scale) == (16, 0.3, 4.0)
+    assert configured.changed() == {"rank": 16, "drop_path": 0.3}
+
+
+def test_titles_and_published_rows():
+    (default,), (off,), (odd,) = parse("ours"), parse("ours[mote=off]"), parse("ours[r=2,mote=off]")
+    assert default.title == default.method.title and odd.title == f"{default.method.title} [r=2, mote=off]"
+    assert (default.published_row, off.published_row, odd.published_row) == ("Ours", "Ours, BDTA only", None)
+
+
+def test_aliases_lead_to_the_method():
+    assert get("ours") is get("bdta_mote") is all_methods()["bdta_mote"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mtlorra", r"unknown method 'mtlorra' \(did you mean 'mtlora'\?\)"),
+        ("zzzzzz", r"unknown method 'zzzzzz'; `bench list methods` shows all"),
+        ("all[r=2]", r"unknown method 'all'"),
+        ("ours[rr=2]", r"bdta_mote has no option 'rr' \(did you mean 'r'\?\); its options: r, direction, mote"),
+        ("decoder_only[r=2]", r"decoder_only has no option 'r'; its options: none"),
+        ("ours[r]", r"option 'r' of bdta_mote needs a value, e.g. r=4"),
+        ("ours[mote=]", r"option 'mote' of bdta_mote needs a value, e.g. mote=on"),
+        ("ours[r=two]", r"'two' is not a valid int"),
+        ("ours[r=2|]", r"'' is not a valid int"),
+        ("ours[r=2.5]", r"'2.5' is not a valid int"),
+        ("mtlora[scale=x]", r"'x' is not a valid float"),
+        ("ours[mote=maybe]", r"'maybe' is neither on nor off"),
+        ("ours[direction=g2tt]", r"'g2tt' is not one of both, g2t, t2g \(did you mean 'g2t'\?\)"),
+        ("ours[r=0]", r"bdta_mote: r must be at least 1, not 0"),
+        ("ours[r=4|-1]", r"bdta_mote: r must be at least 1, not -1"),
+        ("mtlora[task_rank=0]", r"mtlora: rank and task_rank must be at least 1, not 64 and 0"),
+        ("mtlora[dropout=1]", r"mtlora: dropout and drop_path must be in \[0, 1\), not 1.0 and 0.2"),
+        ("mtlora[dropout=nan]", r"mtlora: dropout and drop_path must be in"),
+        ("ours[r=2", r"unbalanced brackets in 'ours\[r=2'"),
+        ("ours r=2]", r"unbalanced brackets"),
+        ("ours]r=2[", r"cannot read method expression"),
+        ("ours[[r=2]]", r"cannot read method expression"),
+        ("ours[r=2]x", r"cannot read method expression"),
+        ("ours mtlora", r"cannot read method expression 'ours mtlora'"),
+        ("", r"no method given"),
+        (" , ,", r"no method given"),
+    ],
+)
+def test_errors_fit_on_a_line(text, message):
+    with pytest.raises(MethodError, match=message) as caught:
+        parse(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_option_given_twice_is_refused():
+    with pytest.raises(MethodError):
+        parse("ours[r=2,r=8]")
+
+
+@pytest.mark.parametrize(
+    ("name", "aliases"), [("bdta_mote", ()), ("ours", ()), ("fresh", ("mtlora",)), ("fresh", ("new", "ours"))]
+)
+def test_a_taken_name_is_refused(clean_registry, name, aliases):
+    all_methods()
+    before = dict(registry._METHODS)
+    with pytest.raises(MethodError, match="is already taken by") as caught:
+        register(Method(name, "Fresh", "multi-task PEFT", "", build=lambda *args: None, aliases=aliases))
+    assert registry._METHODS == before and "\n" not in str(caught.value)
+
+
+@dataclass(frozen=True)
+class Options:
+    width: int = 8
+    gain: float = 0.5
+
+
+def test_registered_options_are_read_by_their_types(clean_registry):
+    built = []
+    register(Method("fresh", "Fresh", "multi-task PEFT", "", build=lambda *a: built.append(a), options=Options))
+    (configured,) = parse("fresh[gain=2]")
+    configured.build("backbone", {"depth": 1}, "setting")
+    assert built == [("backbone", {"depth": 1}, Options(8, 2.0), "setting")]
+    assert configured.expression == "fresh[gain=2]"
+
+
+def test_a_new_file_is_found_by_itself(clean_registry, monkeypatch, tmp_path):
+    (tmp_path / "newcomer_method.py").write_text(
+        "from methods.registry import Method, register\n"
+        "register(Method('newcomer', 'Newcomer', 'single-task PEFT', '', build=lambda *args: 'built'))\n"
+    )
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    importlib.invalidate_caches()
+    try:
+        assert "newcomer" in all_methods() and "newcomer" in canonical("all")
+        assert parse("newcomer")[0].build(None, {}, None) == "built"
+        with pytest.raises(MethodError, match="did you mean 'newcomer'"):
+            get("newcommer")
+    finally:
+        sys.modules.pop("methods.newcomer_method", None)
