@@ -46,7 +46,7 @@ def _read_raster(path: Path, mode: str | None) -> np.ndarray:
         with Image.open(path) as image:
             image.load()
             # A palette image's values are its indices: only images proper are converted.
-            return np.asarray(image.convert(mode) if mode else image)
+            return np.array(image.convert(mode) if mode else image)
     except FileNotFoundError as error:
         raise BenchError(f"missing file {path}") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.data import scenes
-from bench.data.scenes import CLASSES, IGNORE, PARTS, PERSON, intrinsics, regions, render
+from bench.data import scene_models, scenes
+from bench.data.scene_models import CLASSES, IGNORE, PARTS, PERSON
+from bench.data.scenes import intrinsics, regions, render
 
 ROOT = Path(__file__).resolve().parents[2]
 SCENES = range(24)
@@ -50,7 +51,7 @@ def interior(ids: np.ndarray) -> np.ndarray:
 def test_label_spaces():
     assert len(CLASSES) == 21 and CLASSES[0] == "background" and CLASSES[15] == "person" and PERSON == 15
     assert CLASSES[1:] == tuple(sorted(CLASSES[1:]))  # the VOC order is alphabetical
-    assert len(PARTS) == 7 and set(scenes.RECIPES) == set(CLASSES) - {"background", "person"}
+    assert len(PARTS) == 7 and set(scene_models.RECIPES) == set(CLASSES) - {"background", "person"}
 
 
 def test_field_of_view():
@@ -266,11 +267,11 @@ def test_every_class_occurs_at_a_visible_size():
 
 
 def test_primitives_are_those_of_the_recipes():
-    bottle = scenes._MODELS[CLASSES.index("bottle")]
+    bottle = scene_models.MODELS[CLASSES.index("bottle")]
     assert np.allclose(bottle.centre[0], (0, 0.32, 0))
     assert np.allclose(np.abs(bottle.axes[0]), np.diag([0.21, 0.32, 0.21]))
-    chair = scenes._MODELS[CLASSES.index("chair")]
+    chair = scene_models.MODELS[CLASSES.index("chair")]
     assert len(chair.kind) == 6 and np.allclose(chair.centre[:, 2].sum(), 0)  # two pairs of legs, mirrored
-    for model in scenes._MODELS.values():
+    for model in scene_models.MODELS.values():
         gram = model.axes.transpose(0, 2, 1) @ model.axes
         assert np.allclose(gram, gram * np.eye(3), atol=1e-9), "axes are orthogonal in the model frame"

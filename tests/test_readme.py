@@ -1,0 +1,58 @@
+"""The README's example of a new method works as printed."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import methods
+from methods import registry
+from methods.backbones.load import WeightSource, load_backbone
+from methods.model import Setting
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+@pytest.fixture
+def newcomer(tmp_path, monkeypatch):
+    """A folder of methods that holds the README's file and nothing else, beside the project's own."""
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "scale_shift.py").write_text(code, encoding="utf-8")
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    yield
+    sys.modules.pop("methods.scale_shift", None)
+
+
+def test_example_method_is_found_built_and_trained(newcomer):
+    with_shift, without = registry.parse("scale_shift[shift=on|off]")
+    backbone = load_backbone("tf_efficientnet_lite0.in1k", (64, 64), WeightSource("random"))
+    channels = sum(backbone.channels)
+    tasks = {"semseg": 4, "depth": 1}
+    model = with_shift.build(backbone, tasks, Setting("equal"))
+    assert model.ledger().adaptation == 2 * 2 * channels
+    assert without.build(backbone, tasks, Setting("equal")).ledger().adaptation == 2 * channels
+    outputs = model(torch.rand(2, 3, 64, 64))
+    assert {task: tuple(out.shape) for task, out in outputs.items()} == {
+        "semseg": (2, 4, 64, 64),
+        "depth": (2, 1, 64, 64),
+    }
+    sum(out.square().mean() for out in outputs.values()).backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+def test_commands_of_the_readme_exist():
+    """Every option that the README gives to `bench run` and `bench report` is one of theirs."""
+    text = README.read_text(encoding="utf-8")
+    for verb in ("run", "report", "show", "list"):
+        command = [sys.executable, "-m", "bench", verb, "--help"]
+        plain = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
+        help_text = subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=README.parent, env=plain
+        ).stdout
+        used = {option for line in re.findall(rf"bench {verb} (.*)", text) for option in re.findall(r"--[a-z-]+", line)}
+        missing = {option for option in used if option not in help_text}
+        assert not missing, f"bench {verb} has no {missing}"
