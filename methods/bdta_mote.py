@@ -28,7 +28,7 @@ On a backbone without a patch-merging layer the task maps go through 2x2 average
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -126,16 +126,15 @@ class BDTA(nn.Module):
 class Transition(nn.Module):
     """Task maps from one stage's resolution and width to the next: the backbone's own layer, or pool and project."""
 
-    def __init__(self, layer: nn.Module | None, before: int, after: int) -> None:
+    def __init__(self, before: int, after: int, inherited: bool) -> None:
         super().__init__()
-        self.layer = layer
-        self.project = None if layer is not None or before == after else nn.Conv2d(before, after, 1)
+        self.project = None if inherited or before == after else nn.Conv2d(before, after, 1)
 
-    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
-        """x (K, B, H, W, C) -> (K, B, H', W', C') with (H', W') = size."""
+    def forward(self, x: Tensor, size: torch.Size, layer: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """x (K, B, H, W, C) -> (K, B, H', W', C') with (H', W') = size; `layer` is the backbone's, where it has one."""
         maps = x.flatten(0, 1).permute(0, 3, 1, 2)
-        if self.layer is not None:
-            maps = self.layer(maps)
+        if layer is not None:
+            maps = layer(maps)
         else:
             maps = maps if maps.shape[-2:] == size else F.adaptive_avg_pool2d(maps, size)
             maps = maps if self.project is None else self.project(maps)
@@ -150,9 +149,8 @@ class TaskBypass(nn.Module):
         self.backbone = backbone.freeze()
         self.tasks = tuple(tasks)
         widths = (stem_channels, *backbone.channels)
-        layers = (None, *(backbone.downsampling(stage) for stage in (1, 2, 3)))
         self.transitions = nn.ModuleList(
-            Transition(layer, before, after) for layer, before, after in zip(layers, widths, widths[1:], strict=False)
+            Transition(widths[stage], widths[stage + 1], backbone.downsampling(stage) is not None) for stage in range(4)
         )
         self.stages = nn.ModuleList(BDTA(channels, tasks, options) for channels in backbone.channels)
 
@@ -161,8 +159,8 @@ class TaskBypass(nn.Module):
             stem, general = self.backbone(image)
         a = (general[0] if stem is None else stem).permute(0, 2, 3, 1).unsqueeze(0)
         adapted = []
-        for f, transition, bdta in zip(general, self.transitions, self.stages, strict=True):
-            a = bdta(f.permute(0, 2, 3, 1), transition(a, f.shape[-2:]))
+        for stage, (f, transition, bdta) in enumerate(zip(general, self.transitions, self.stages, strict=True)):
+            a = bdta(f.permute(0, 2, 3, 1), transition(a, f.shape[-2:], self.backbone.downsampling(stage)))
             adapted.append(a)
         return Features(
             {task: [a[k].permute(0, 3, 1, 2) for a in adapted] for k, task in enumerate(self.tasks)}, general

@@ -121,7 +121,7 @@ class MultiTaskModel(nn.Module):
         frozen_parameters = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
         frozen_buffers = {
             f"{path}.{name}"
-            for path, module in self.named_modules()
+            for path, module in self.named_modules(remove_duplicate=False)
             if (parameters := list(module.parameters(recurse=False))) and not any(p.requires_grad for p in parameters)
             for name, _ in module.named_buffers(recurse=False)
         }

@@ -8,7 +8,8 @@ Placement   shared LoRA of `rank` on qkv, proj, fc1 and fc2 of every block; task
 Features    after patch merging: (2C, 4C, 8C, 8C) at strides 8, 16, 32, 32. Task streams pass through the same merging.
 Extras      patch embedding, all norms, relative position biases and the merging linears are trained as well.
 Decoder     HRNet head, a set of necks a task.
-Count       Swin-T 8,344,634, S 13,105,994, B 17,758,136 at rank 64, task rank 4: exact.
+Count       Swin-T 8,344,634, S 13,105,994, B 17,758,136 at rank 64, task rank 4: exact. Among them is the shared update
+            of the very last fc2, which no gradient reaches: nothing reads the shared stream after the last block.
 
 This follows the released code where the paper is open: the scale multiplies directly (not alpha / r), dropout acts on
 the shared input alone, W x is always of the shared stream, the task output leaves the shared update out ("matrix").

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib
 import itertools
+import math
 import pkgutil
 import re
 import typing
@@ -159,6 +160,8 @@ def _expand(text: str) -> list[Configured]:
             raise MethodError(
                 f"option {name!r} of {method.name} needs a value, e.g. {name}={_show(fields[name].default)}"
             )
+        if name in grid:
+            raise MethodError(f"option {name!r} of {method.name} is given twice; for a grid write {name}=1|2")
         hint = typing.get_type_hints(method.options)[name]
         grid[name] = [_convert(value.strip(), hint, f"{method.name}[{name}=...]") for value in values.split("|")]
     expanded = []
@@ -182,19 +185,20 @@ def _convert(text: str, hint: Any, where: str) -> Any:
             raise MethodError(f"{where}: {text!r} is neither on nor off")
         return words[text.lower()]
     try:
-        return hint(text)
+        value = hint(text)
     except ValueError as error:
         raise MethodError(f"{where}: {text!r} is not a valid {hint.__name__}") from error
+    if isinstance(value, float) and not math.isfinite(value):
+        raise MethodError(f"{where}: {text!r} is not a finite number")
+    return value
 
 
 def _show(value: Any) -> str:
-    return (
-        {True: "on", False: "off"}[value]
-        if isinstance(value, bool)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    """A value as an expression writes it: short, and read back as itself."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return repr(value) if isinstance(value, float) and float(short) != value else short
 
 
 def _near(word: str, known: Any) -> str:

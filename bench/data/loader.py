@@ -95,7 +95,9 @@ def training_batches(
     dataset: DenseDataset, batch_size: int, start: int, stop: int, workers: int, pin: bool
 ) -> DataLoader:
     sampler = ShuffledBatches(len(dataset), batch_size, start, stop, dataset.seed)
-    return DataLoader(dataset, batch_sampler=sampler, num_workers=workers, pin_memory=pin, persistent_workers=False)
+    # A generator of its own: else the loader draws from torch's, and a resumed run no longer repeats the whole one.
+    own = torch.Generator().manual_seed(dataset.seed)
+    return DataLoader(dataset, batch_sampler=sampler, num_workers=workers, pin_memory=pin, generator=own)
 
 
 def validation_batches(dataset: DenseDataset, batch_size: int, workers: int, pin: bool) -> DataLoader:

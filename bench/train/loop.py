@@ -25,6 +25,8 @@ from bench.train import metrics
 from bench.train.losses import LOSSES
 from methods.model import MultiTaskModel, upsample_logits
 
+CHECK_EVERY = 50  # steps: reading a loss makes the GPU wait, so not each one
+
 
 class DivergedError(RuntimeError):
     """A loss became NaN or infinite."""
@@ -144,6 +146,8 @@ def train(
             with uninterrupted():
                 losses = trainer.step(batch, progress.step)
                 progress.step, progress.loader_wait = progress.step + 1, progress.loader_wait + waited
+                if progress.step % CHECK_EVERY == 0:
+                    _require_finite(losses, progress.step)
                 if progress.step % log_every == 0 or progress.step == total:
                     _log(progress, trainer, losses)
                     report(progress.step, total, progress.history[-1]["loss"])
@@ -160,12 +164,16 @@ def train(
 
 def _log(progress: Progress, trainer: Trainer, losses: Mapping[str, Tensor]) -> None:
     """Append to the history. Raises DivergedError where a loss is not finite."""
+    _require_finite(losses, progress.step)
     each = {f"loss/{task}": value.item() for task, value in losses.items()}
-    bad = [name for name, value in each.items() if not math.isfinite(value)]
-    if bad:
-        raise DivergedError(f"{', '.join(bad)} is not finite at step {progress.step}")
     rate = trainer.optimizer.param_groups[0]["lr"]
     progress.history.append({"step": progress.step, "loss": trainer.total_loss(losses), "lr": rate, **each})
+
+
+def _require_finite(losses: Mapping[str, Tensor], step: int) -> None:
+    bad = [task for task, value in losses.items() if not math.isfinite(value.item())]
+    if bad:
+        raise DivergedError(f"the loss of {', '.join(bad)} is not finite at step {step}")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -46,10 +47,11 @@ class Backbone(nn.Module):
     def forward(self, image: Tensor) -> Pyramid:
         raise NotImplementedError
 
-    def downsampling(self, stage: int) -> nn.Module | None:
-        """The backbone's own layer from stage `stage - 1` (1..3) to the next, (B, C, H, W) -> (B, C', H/2, W/2).
+    def downsampling(self, stage: int) -> Callable[[Tensor], Tensor] | None:
+        """The backbone's own layer from stage `stage - 1` to `stage` (0..3), (B, C, H, W) -> (B, C', H/2, W/2).
 
-        None where the architecture has no such single layer. The layer stays owned by the backbone.
+        None for stage 0 and where the architecture has no such single layer. The layer stays the backbone's: call
+        it, but do not register it a second time.
         """
         return None
 

@@ -57,7 +57,8 @@ def full_name(name: str) -> str:
             f"backbone {architecture} has no pretrained tag {tag!r}; known: {', '.join(tagged) or 'none'}"
         )
     config = timm.get_pretrained_cfg(name)
-    return f"{architecture}.{config.tag}" if config is not None and config.tag else architecture
+    full = f"{architecture}.{config.tag}" if config is not None else architecture
+    return full if full in tagged else architecture
 
 
 def pretrained_reachable(name: str, timeout: float = 5.0) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from methods.backbones.base import Backbone, Pyramid
+from methods.backbones.timm_import import timm
 from methods.registry import MethodError
 
 STRIDES = (4, 8, 16, 32)
@@ -33,34 +36,33 @@ class PyramidBackbone(Backbone):
         # The last map of a stride is the deepest one.
         self._taps = [max(i for i, r in enumerate(reductions) if r == stride) for stride in STRIDES]
         self._stem = self._taps[0] - 1 if self._taps[0] > 0 else None
-        self._channels_of_map = model.feature_info.channels()
-        self.channels = tuple(self._channels_of_map[tap] for tap in self._taps)
+        self._channels_last = timm.layers.Format(getattr(model, "output_fmt", "NCHW")) == timm.layers.Format.NHWC
+        channels = model.feature_info.channels()
+        self.channels = tuple(channels[tap] for tap in self._taps)
         self.strides = STRIDES
-        self.stem_channels = self.channels[0] if self._stem is None else self._channels_of_map[self._stem]
+        self.stem_channels = self.channels[0] if self._stem is None else channels[self._stem]
         self.pretrained_names = frozenset(name for name, _ in self.named_parameters())
         self._layers = self._find_downsampling(size)
 
     def forward(self, image: Tensor) -> Pyramid:
-        maps = [self._channels_first(i, m) for i, m in enumerate(self.model(self.normalise(image)))]
+        maps = self.model(self.normalise(image))
+        if self._channels_last:
+            maps = [x.permute(0, 3, 1, 2) for x in maps]
         stem = None if self._stem is None else maps[self._stem]
         return Pyramid(stem, [maps[tap] for tap in self._taps])
 
-    def downsampling(self, stage: int) -> nn.Module | None:
-        path = self._layers[stage - 1]
+    def downsampling(self, stage: int) -> Callable[[Tensor], Tensor] | None:
+        path = self._layers[stage]
         return self.model.get_submodule(path) if path else None
-
-    def _channels_first(self, index: int, x: Tensor) -> Tensor:
-        channels = self._channels_of_map[index]
-        return x if x.shape[1] == channels else x.permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def _find_downsampling(self, size: tuple[int, int]) -> list[str]:
-        """Paths of the layers named `downsample` (ConvNeXt) that map one stage's output to the next one's size."""
+        """By stage, the path of the layer named `downsample` (ConvNeXt) that maps the stage before to its size."""
         was_training = self.training
         self.eval()
         maps = self(torch.zeros(1, 3, *size)).maps
         candidates = [path for path, _ in self.model.named_modules() if path.endswith("downsample")]
-        found = []
+        found = [""]
         for before, after in zip(maps, maps[1:], strict=False):
             fitting = [path for path in candidates if _maps_to(self.model.get_submodule(path), before, after)]
             found.append(fitting[0] if len(fitting) == 1 else "")

@@ -11,6 +11,8 @@ with any of its linears replaced by the method's own. Maps are (B, H, W, C) insi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,17 +62,6 @@ def out_of_windows(block: nn.Module, windows: Tensor, size: tuple[int, int]) -> 
     return torch.roll(x, shifts=tuple(block.shift_size), dims=(1, 2)) if any(block.shift_size) else x
 
 
-class Merging(nn.Module):
-    """timm's patch merging on (B, C, H, W) maps."""
-
-    def __init__(self, merging: nn.Module) -> None:
-        super().__init__()
-        self.merging = merging
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.merging(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
 class SwinBackbone(Backbone):
     """A timm SwinTransformer without its final norm and head (Swin-T: 27,517,818 parameters)."""
 
@@ -111,5 +102,8 @@ class SwinBackbone(Backbone):
             maps.append(x.permute(0, 3, 1, 2))
         return Pyramid(stem, maps)
 
-    def downsampling(self, stage: int) -> nn.Module | None:
-        return Merging(self.layers[stage].downsample)
+    def downsampling(self, stage: int) -> Callable[[Tensor], Tensor] | None:
+        if stage == 0:
+            return None
+        merging = self.layers[stage].downsample
+        return lambda maps: merging(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

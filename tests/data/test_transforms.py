@@ -94,7 +94,9 @@ def test_a_spot_goes_clockwise_and_outwards_with_the_zoom(degrees, zoom):
     x, y, angle = 12.0, -5.0, math.radians(degrees)
     moved = transforms.rotate_and_zoom(blob(x, y), degrees, zoom)
     # With y pointing down, (1, 0) turns clockwise towards (0, 1).
-    expected = zoom * torch.tensor([math.cos(angle) * x - math.sin(angle) * y, math.sin(angle) * x + math.cos(angle) * y])
+    expected = zoom * torch.tensor(
+        [math.cos(angle) * x - math.sin(angle) * y, math.sin(angle) * x + math.cos(angle) * y]
+    )
     torch.testing.assert_close(centroid(moved["image"][0]), expected, rtol=0, atol=0.1)
     torch.testing.assert_close(centroid((moved["semseg"] == 1).float()), expected, rtol=0, atol=0.5)
     torch.testing.assert_close(centroid((moved["depth"] * zoom > 1.5).float()), expected, rtol=0, atol=0.5)
@@ -155,16 +157,18 @@ def test_resize_keeps_image_and_labels_registered_to_half_a_pixel(size):
     centre = (torch.arange(size[1]) + 0.5) * WIDTH / size[1] - 0.5
     inside = (column > rim) & (column < WIDTH - 1 - rim) & (row > rim) & (row < HEIGHT - 1 - rim)
     assert all(x.shape[-2:] == size for x in resized.values())
-    assert (column - centre)[inside].abs().max() < 0.05
-    assert (resized["depth"] - 1 - column)[inside].abs().max() <= 0.5 + 0.05
-    assert (resized["semseg"] - row)[inside].abs().max() <= 0.5 + 0.05
+    assert (column - centre)[inside].abs().max() < 0.1  # an antialiasing kernel is sampled
+    assert (resized["depth"] - 1 - column)[inside].abs().max() <= 0.5 + 0.1
+    assert (resized["semseg"] - row)[inside].abs().max() <= 0.5 + 0.1
     assert set(resized["saliency"].unique().tolist()) <= {0, 1}
 
 
 def test_resize_keeps_types_and_a_sample_that_has_the_size():
     sample = ramps()
     assert transforms.resize(sample, (HEIGHT, WIDTH))["image"] is sample["image"]
-    assert {k: v.dtype for k, v in transforms.resize(sample, (20, 20)).items()} == {k: v.dtype for k, v in sample.items()}
+    assert {k: v.dtype for k, v in transforms.resize(sample, (20, 20)).items()} == {
+        k: v.dtype for k, v in sample.items()
+    }
 
 
 def test_resized_normals_are_unit_or_ignored():
@@ -182,8 +186,9 @@ def test_resized_normals_are_unit_or_ignored():
 
 def test_augment_depends_on_the_generators_state_alone():
     settings = Augment(hflip=0.5, rotate=20, scale=(0.75, 1.25))
-    draw = lambda seed: transforms.augment(ramps(), settings, torch.Generator().manual_seed(seed))  # noqa: E731
-    first, again, other = draw(1), draw(1), draw(2)
+    first, again, other = (
+        transforms.augment(ramps(), settings, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
     for name in first:
         torch.testing.assert_close(first[name], again[name], rtol=0, atol=0)
     assert not torch.equal(first["image"], other["image"])

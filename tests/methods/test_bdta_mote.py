@@ -185,7 +185,7 @@ def test_task_branch_starts_from_the_patch_embedding_and_goes_through_the_frozen
 
 def test_main_branch_saves_nothing_for_backward(build):
     encoder = build("ours").encoder
-    image = torch.rand(1, 3, 64, 64)
+    image = torch.rand(1, 3, 64, 64, requires_grad=True)  # else nothing frozen would save anything anyway
     with torch.no_grad():
         given = encoder.backbone(image)
     assert all(f.grad_fn is None for f in encoder(image).general)

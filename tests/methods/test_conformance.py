@@ -155,7 +155,7 @@ def test_bfloat16(build, name):
 
 
 @every_method
-@pytest.mark.parametrize("pyramid", ["tf_efficientnet_lite0", "resnet10t", "convnext_atto"])
+@pytest.mark.parametrize("pyramid", ["tf_efficientnet_lite0", "test_resnet", "test_convnext"])
 def test_convolutional_pyramid(build, tasks, name, pyramid):
     """A method that needs attention says so in one line; the others run, and frozen statistics stay."""
     pyramid = full_name(pyramid)
@@ -175,7 +175,7 @@ def test_convolutional_pyramid(build, tasks, name, pyramid):
 
 @pytest.mark.parametrize("name", sorted(RUNS_ANYWHERE))
 def test_trained_state_on_a_pyramid_holds_no_frozen_tensor(build, name):
-    model = build(name, backbone=lambda size: load_backbone("resnet10t", size, WeightSource("random")))
+    model = build(name, backbone=lambda size: load_backbone("test_resnet", size, WeightSource("random")))
     pointers = {tensor.data_ptr() for tensor in frozen(model)}
     assert not [key for key, tensor in model.trained_state().items() if tensor.data_ptr() in pointers]
 

@@ -19,6 +19,7 @@ def canonical(text):
 
 @pytest.fixture
 def clean_registry(monkeypatch):
+    all_methods()  # what is imported only now would be forgotten with the copy
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
 
 
@@ -98,7 +99,7 @@ def test_aliases_lead_to_the_method():
         ("ours[r=4|-1]", r"bdta_mote: r must be at least 1, not -1"),
         ("mtlora[task_rank=0]", r"mtlora: rank and task_rank must be at least 1, not 64 and 0"),
         ("mtlora[dropout=1]", r"mtlora: dropout and drop_path must be in \[0, 1\), not 1.0 and 0.2"),
-        ("mtlora[dropout=nan]", r"mtlora: dropout and drop_path must be in"),
+        ("mtlora[dropout=nan]", r"is not a finite number"),
         ("ours[r=2", r"unbalanced brackets in 'ours\[r=2'"),
         ("ours r=2]", r"unbalanced brackets"),
         ("ours]r=2[", r"cannot read method expression"),
@@ -124,7 +125,6 @@ def test_an_option_given_twice_is_refused():
     ("name", "aliases"), [("bdta_mote", ()), ("ours", ()), ("fresh", ("mtlora",)), ("fresh", ("new", "ours"))]
 )
 def test_a_taken_name_is_refused(clean_registry, name, aliases):
-    all_methods()
     before = dict(registry._METHODS)
     with pytest.raises(MethodError, match="is already taken by") as caught:
         register(Method(name, "Fresh", "multi-task PEFT", "", build=lambda *args: None, aliases=aliases))

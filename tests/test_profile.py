@@ -1,0 +1,103 @@
+"""Efficiency figures on a CPU: how many steps, which of them count, and what they are run on."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench.measure import profile
+from bench.recipe import Measure
+from bench.tasks import TASKS
+from bench.train.losses import LOSSES
+
+CPU = torch.device("cpu")
+CHANNELS = {name: task.channels or 5 for name, task in TASKS.items()}
+
+
+class Recorder:
+    """Stands in for a Trainer: notes the steps; step s takes s + 1 seconds of `clock`."""
+
+    accelerator = SimpleNamespace(device=CPU)
+    clock = 0.0
+
+    def __init__(self):
+        self.steps = []
+
+    def step(self, batch, step):
+        self.steps.append(step)
+        self.clock += step + 1
+
+
+@pytest.mark.parametrize("warmup, steps", [(0, 1), (1, 5), (3, 2)])
+def test_every_step_after_the_warm_up_is_a_sample(warmup, steps):
+    trainer, reports = Recorder(), []
+    batch = {"image": torch.zeros(7, 3, 4, 4)}
+    memory, timing = profile.measure(
+        trainer, batch, Measure(warmup=warmup, steps=steps), lambda *report: reports.append(report)
+    )
+    assert trainer.steps == list(range(warmup + steps))
+    assert len(timing.samples) == steps
+    assert (timing.warmup, timing.batch_size, timing.device, memory.device) == (warmup, 7, "cpu", "cpu")
+    assert reports == [(done, warmup + steps) for done in range(1, warmup + steps + 1)]
+
+
+@pytest.mark.parametrize("warmup, expected", [(0, [1, 2, 3]), (1, [2, 3, 4]), (2, [3, 4, 5])])
+def test_the_first_steps_are_in_no_sample(monkeypatch, warmup, expected):
+    trainer = Recorder()
+    monkeypatch.setattr(profile.time, "perf_counter", lambda: trainer.clock)
+    batch = {"image": torch.zeros(1, 3, 4, 4)}
+    _, timing = profile.measure(trainer, batch, Measure(warmup=warmup, steps=3), lambda *report: None)
+    assert timing.samples == expected
+
+
+def test_a_cpu_has_no_allocator_figures():
+    memory, _ = profile.measure(Recorder(), {"image": torch.zeros(1, 3, 4, 4)}, Measure(), lambda *report: None)
+    assert memory.peak_allocated is memory.peak_reserved is memory.weights_allocated is None
+
+
+@pytest.mark.parametrize("platform, unit", [("linux", 1024), ("darwin", 1)])
+def test_the_resident_peak_is_in_bytes_whatever_the_system_counts_in(monkeypatch, platform, unit):
+    monkeypatch.setattr(profile.sys, "platform", platform)
+    monkeypatch.setattr(profile.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3_000_000))
+    assert profile.resident_peak() == 3_000_000 * unit
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's own count")
+def test_the_resident_peak_is_the_systems_high_water_mark():
+    ones = torch.ones(2**26, dtype=torch.uint8)
+    text = Path("/proc/self/status").read_text()
+    high_water = int(re.search(r"VmHWM:\s+(\d+) kB", text)[1]) * 1024
+    assert profile.resident_peak() == pytest.approx(high_water, rel=0.02)
+    assert profile.resident_peak() > ones.numel()
+
+
+def test_a_synthetic_batch_has_every_tasks_shape_and_encoding():
+    batch = profile.synthetic_batch(CHANNELS, (24, 32), 3, CPU)
+    assert set(batch) == {"image", *TASKS}
+    assert batch["image"].shape == batch["normals"].shape == (3, 3, 24, 32)
+    assert batch["image"].min() >= 0 and batch["image"].max() <= 1
+    for task in ("semseg", "human_parts"):
+        assert batch[task].dtype == torch.int64 and set(batch[task].unique().tolist()) == set(range(5))
+    for task in ("saliency", "edge"):
+        assert set(batch[task].unique().tolist()) == {0, 1}
+    assert 0.1 < batch["depth"].min() and batch["depth"].max() < 100
+    torch.testing.assert_close(batch["normals"].norm(dim=1), torch.ones(3, 24, 32))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_synthetic_labels_loss_is_finite_and_above_zero(task):
+    batch = profile.synthetic_batch(CHANNELS, (16, 16), 2, CPU)
+    logits = torch.randn(2, CHANNELS[task], 16, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    loss = LOSSES[task](logits, batch[task])
+    loss.backward()
+    assert loss.isfinite() and loss > 0
+    assert logits.grad.isfinite().all() and logits.grad.any()
+
+
+def test_synthetic_batches_are_the_same_every_time():
+    one, other = (profile.synthetic_batch(CHANNELS, (16, 16), 2, CPU) for _ in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)

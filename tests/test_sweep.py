@@ -1,0 +1,282 @@
+"""Cells in processes of their own: found again, failed alone, killed, interrupted and resumed."""
+
+from __future__ import annotations
+
+import io
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+from typer.testing import CliRunner
+
+from bench import grid, run, sweep
+from bench import record as records
+from bench.cli import app
+from bench.record import Failure
+
+STEPS = 60
+RECIPE = {
+    "title": "A few steps",
+    "optimizer": {"name": "adamw", "lr": 0.001},
+    "schedule": {"name": "cosine"},
+    "batch_size": 2,
+    "steps": STEPS,
+    "loss_weights": {"semseg": 1, "depth": 1},
+    "augment": {"hflip": 0.5, "rotate": 20, "scale": [0.75, 1.25]},
+    "measure": {"warmup": 0, "steps": 1},
+    "limit_train": 6,
+    "limit_val": 2,
+}
+LITE = "tf_efficientnet_lite0.in1k"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Cells that share two cores with other tests are far quicker on one thread each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+def asked(folder: Path, **changes) -> tuple[str, ...]:
+    """The options of a small run, with a recipe of its own under `folder`."""
+    path = folder / "few.yaml"
+    path.write_text(yaml.safe_dump(RECIPE | changes))
+    return (
+        "run", "--methods", "decoder_only", "--backbone", LITE, "--weights", "random", "--image-size", "32",
+        "--device", "cpu", "--recipe", str(path), "--tasks", "semseg,depth",
+    )  # fmt: skip
+
+
+def bench(*args: str | Path):
+    return CliRunner(env={"COLUMNS": "300"}).invoke(app, [str(arg) for arg in args])
+
+
+def found(out: Path) -> list[records.Record]:
+    return [item.record for item in records.scan(out)]
+
+
+def only(out: Path) -> records.Record:
+    (record,) = found(out)
+    return record
+
+
+def at_step(monkeypatch, number, act):
+    """Call `act(first cell's process)` where a cell reports training step `number`; returns every event seen."""
+    started, seen, popen, show = [], [], subprocess.Popen, sweep._show
+
+    def start(*args, **kwargs):
+        started.append(popen(*args, **kwargs))
+        return started[-1]
+
+    def watch(event, progress, line):
+        seen.append(event)
+        show(event, progress, line)
+        if "loss" in event and event["step"] == number:
+            act(started[0])
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(sweep, "_show", watch)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Two cells, the first of which is killed while it trains; the same command again; and, after the record of the
+    second has lost its end, with --retry."""
+    folder = tmp_path_factory.mktemp("killed")
+    args = (*asked(folder), "--seeds", "0,1", "--out", folder / "runs")
+    results = {"out": folder / "runs"}
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 3, lambda process: process.send_signal(signal.SIGKILL))
+        results["killed"] = bench(*args)
+    results["records"] = found(folder / "runs")
+
+    paths = [item.path for item in records.scan(folder / "runs")]
+    stamps, started = [path.stat().st_mtime_ns for path in paths], time.monotonic()
+    results["again"] = bench(*args)
+    results["seconds of again"] = time.monotonic() - started
+    results["touched"] = [path.stat().st_mtime_ns for path in paths] != stamps
+
+    paths[1].write_text(paths[1].read_text()[:700])
+    results["report"] = bench("report", folder / "runs", "--save", folder / "report")
+    results["retried"] = bench(*args, "--retry")
+    results["after"] = found(folder / "runs")
+    return results
+
+
+def test_a_killed_cell_is_a_failed_record(killed):
+    record = killed["records"][0]
+    assert killed["killed"].exit_code == 1 and "killed by SIGKILL" in killed["killed"].stdout
+    assert killed["killed"].stderr == ""
+    assert record.status == "failed" and record.failure.kind == "signal"
+    assert record.failure.message.startswith("killed by SIGKILL") and "memory" in record.failure.message
+    assert not record.metrics
+
+
+def test_the_cell_after_a_failed_one_still_runs(killed):
+    assert "1 of 2 cells ok" in killed["killed"].stdout
+    assert [record.spec.seed for record in killed["records"]] == [0, 1]
+    assert killed["records"][1].status == "ok" and killed["records"][1].metrics
+
+
+def test_the_same_command_runs_nothing_twice(killed):
+    assert killed["again"].exit_code == 1 and "1 of 2 cells ok" in killed["again"].stdout
+    assert "done " not in killed["again"].stdout
+    assert not killed["touched"] and killed["seconds of again"] < 5
+
+
+def test_a_report_skips_half_a_record_with_a_line(killed):
+    report = killed["report"]
+    said = " ".join(report.stdout.split())
+    assert report.exit_code == 0
+    assert "1 unreadable file left out" in said and "-s1.json is not a whole JSON record" in said
+
+
+def test_retry_runs_what_failed_and_half_a_record_is_run_again(killed):
+    assert killed["retried"].exit_code == 0 and killed["retried"].stdout.count("done ") == 2
+    assert [record.status for record in killed["after"]] == ["ok", "ok"]
+
+
+def test_records_lie_at_the_documented_path_and_nothing_else_is_left(killed):
+    folder = killed["out"] / "cpu" / "scenes" / LITE / "decoder_only"
+    cell = killed["after"][0].spec.hash
+    files = sorted(path for path in killed["out"].rglob("*") if path.is_file())
+    assert files == [folder / f"{cell}-s0.json", folder / f"{cell}-s1.json"]
+
+
+def test_a_record_is_complete(killed):
+    for record in killed["after"]:
+        assert record.failure is None
+        assert set(record.metrics) == {"semseg", "depth"} and record.metrics["depth"]["rmse"] > 0
+        assert [entry["step"] for entry in record.history] == list(range(1, STEPS + 1))
+        assert record.parameters.trainable == record.parameters.decoder > 0
+        assert len(record.time.samples) == 1 and record.memory.process_peak > 2**26
+        assert record.provenance.weights.random and record.provenance.data_fingerprint == record.spec.data_fingerprint
+
+
+def test_the_same_seed_gives_the_same_figures(killed):
+    first, again = killed["records"][1], killed["after"][1]
+    assert (again.metrics, again.per_class, again.history) == (first.metrics, first.per_class, first.history)
+
+
+def test_another_seed_gives_other_figures(killed):
+    one, other = killed["after"]
+    assert one.spec.hash == other.spec.hash
+    assert one.metrics != other.metrics and one.history[0]["loss"] != other.history[0]["loss"]
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """A run that gets an interrupt at its twelfth step, and the same command once more."""
+    folder = tmp_path_factory.mktemp("resumed")
+    args = (*asked(folder), "--out", folder / "runs")
+    results = {}
+    with pytest.MonkeyPatch.context() as patch:
+        # To this process, as Ctrl-C would: the cell sits in a session of its own.
+        at_step(patch, 12, lambda process: signal.raise_signal(signal.SIGINT))
+        results["interrupted"] = bench(*args)
+    results["files"] = {path.suffix for path in folder.rglob("runs/**/*") if path.is_file()}
+    results["record"] = only(folder / "runs")
+    with pytest.MonkeyPatch.context() as patch:
+        results["events"] = at_step(patch, None, None)
+        results["resumed"] = bench(*args)
+    results["files after"] = {path.suffix for path in folder.rglob("runs/**/*") if path.is_file()}
+    results["record after"] = only(folder / "runs")
+    return results
+
+
+def test_an_interrupt_leaves_a_record_and_a_checkpoint(resumed):
+    assert resumed["interrupted"].exit_code == 130
+    assert "interrupted" in resumed["interrupted"].stderr and "same command" in resumed["interrupted"].stderr
+    assert resumed["record"].status == "interrupted" and not resumed["record"].metrics
+    assert {".json", ".safetensors"} <= resumed["files"]
+    assert not resumed["files"] & {".partial", ".tmp"}
+
+
+def test_the_same_command_goes_on_where_it_stopped(resumed):
+    assert resumed["resumed"].exit_code == 0
+    steps = [event["step"] for event in resumed["events"] if "loss" in event]
+    assert 12 < steps[0] <= STEPS and steps == list(range(steps[0], STEPS + 1))
+    assert [entry["step"] for entry in resumed["record after"].history] == list(range(1, STEPS + 1))
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(resumed, killed):
+    after, alone = resumed["record after"], killed["after"][0]
+    assert after.spec == alone.spec
+    assert after.history[-1] == alone.history[-1]
+    assert (after.history, after.metrics, after.per_class) == (alone.history, alone.metrics, alone.per_class)
+
+
+def test_nothing_but_the_record_is_left_in_the_end(resumed):
+    assert resumed["record after"].status == "ok"
+    assert resumed["files after"] == {".json"}
+
+
+def test_a_second_interrupt_kills_the_cell_at_once():
+    class Stubborn:
+        def __init__(self):
+            self.calls = []
+
+        def send_signal(self, number):
+            self.calls.append(number)
+
+        def wait(self, timeout=None):
+            if timeout:
+                raise KeyboardInterrupt
+
+        def kill(self):
+            self.calls.append("kill")
+
+    process = Stubborn()
+    sweep._stop(process)
+    assert process.calls == [signal.SIGINT, "kill"]
+
+
+def test_a_loss_that_explodes_is_recorded_as_diverged(tmp_path):
+    result = bench(*asked(tmp_path, optimizer={"name": "sgd", "lr": 1e20}, steps=6), "--out", tmp_path / "runs")
+    assert result.exit_code == 1
+    record = only(tmp_path / "runs")
+    assert record.status == "diverged"
+    assert "not finite at step" in record.failure.message
+    assert not record.metrics
+    assert not list((tmp_path / "runs").rglob("*.safetensors"))
+
+
+def kept_failure(tmp_path, method, message):
+    """What a sweep prints of a cell whose failed record is there already."""
+    given = {"methods": method, "recipe": "smoke", "image_size": 32, "weights": "random"}
+    (job,) = grid.jobs(None, given, None, "cpu", 0, tmp_path)
+    record = run.blank_record(job)
+    record.status, record.failure = "failed", Failure(kind="RuntimeError", message=message)
+    record.write(tmp_path)
+    printed = io.StringIO()
+    sweep.run_all([job], Console(file=printed, width=300))
+    return printed.getvalue()
+
+
+def test_a_cells_options_are_printed(tmp_path):
+    assert "bdta_mote[r=2]" in kept_failure(tmp_path, "ours[r=2]", "for a reason")
+
+
+@pytest.mark.parametrize("message", ["[enforce fail at alloc.cpp:1] can't allocate", "cannot read /data/[/x].png"])
+def test_a_failures_message_is_printed_as_it_is(tmp_path, message):
+    assert message in kept_failure(tmp_path, "decoder_only", message)
+
+
+def test_an_empty_failure_is_classified():
+    for error in (RuntimeError(), KeyboardInterrupt(), MemoryError()):
+        status, failure = run.classify(error)
+        assert status in ("failed", "interrupted", "out_of_memory")
+        assert failure.message
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("x"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
+)
+def test_running_out_of_memory_is_a_status_of_its_own(error):
+    assert run.classify(error)[0] == "out_of_memory"

@@ -1,0 +1,233 @@
+"""Metrics against definitions by hand and against brute force in numpy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from bench.tasks import TASKS
+from bench.train.losses import synthetic_label
+from bench.train.metrics import DepthError, EdgeF, MaxMeanIoU, MeanIoU, NormalsError, make
+
+pytestmark = pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
+
+CHANNELS = {"semseg": 5, "human_parts": 3, "saliency": 1, "normals": 3, "depth": 1, "edge": 1}
+IGNORE = {"normals": 0, "depth": 0}
+
+
+def example(task, images=5):
+    generator = torch.Generator().manual_seed(0)
+    label = synthetic_label(task, CHANNELS[task], (images, 6, 7), generator)
+    (label[:, :, 2] if task == "normals" else label[:, 2]).fill_(IGNORE.get(task, 255))
+    return 2 * torch.randn(images, CHANNELS[task], 6, 7, generator=generator), label
+
+
+def score(task, logits, label):
+    metric = make(task, CHANNELS[task])
+    metric.update(logits, label)
+    return metric.compute()
+
+
+def probability(logits):
+    return 1 / (1 + np.exp(-logits[:, 0].double().numpy()))
+
+
+def mean_iou(logits, label):
+    predicted, truth = logits.argmax(1).numpy(), label.numpy()
+    valid = truth != 255
+    ious = []
+    for c in range(logits.shape[1]):
+        p, t = (predicted == c) & valid, truth == c
+        if (p | t).any():
+            ious.append((p & t).sum() / (p | t).sum())
+    return {"mIoU": 100 * np.mean(ious)}
+
+
+def saliency(logits, label):
+    p, y = probability(logits), label.numpy()
+    curve = []
+    for threshold in np.linspace(0.2, 0.9, 15):
+        each = []
+        for image, truth in zip(p, y, strict=True):
+            marked, true = (image > threshold) & (truth != 255), truth == 1
+            either = (marked | true).sum()
+            each.append((marked & true).sum() / either if either else 1.0)
+        curve.append(np.mean(each))
+    return {"max_mIoU": 100 * max(curve)}
+
+
+def normals(logits, label):
+    z, y = logits.double().numpy(), label.double().numpy()
+    valid = y.any(1)
+    cosine = (z * y).sum(1) / np.maximum(np.linalg.norm(z, axis=1) * np.linalg.norm(y, axis=1), 1e-12)
+    return {"mean_error": np.degrees(np.arccos(np.clip(cosine, -1, 1)))[valid].mean()}
+
+
+def depth(logits, label):
+    y = label.double().numpy()
+    d = (logits[:, 0].double().numpy() - y)[y > 0]
+    return {"rmse": np.sqrt((d**2).mean()), "abs_rel": (np.abs(d) / y[y > 0]).mean()}
+
+
+def edge(logits, label):
+    p, y = probability(logits), label.numpy()
+    best = 0
+    for threshold in np.arange(100) / 100:
+        marked = p[y != 255] >= threshold
+        true = y[y != 255] == 1
+        best = max(best, 2 * (marked & true).sum() / (marked.sum() + true.sum()))
+    return {"max_f": 100 * best}
+
+
+REFERENCE = {
+    "semseg": mean_iou, "human_parts": mean_iou, "saliency": saliency, "normals": normals, "depth": depth, "edge": edge,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_by_brute_force(task):
+    assert score(task, *example(task)) == pytest.approx(REFERENCE[task](*example(task)), rel=1e-5)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_keys_are_those_of_the_task(task):
+    assert set(score(task, *example(task))) == {metric.key for metric in TASKS[task].metrics}
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("cut", [1, 2, 4])
+def test_partial_batches_are_one_batch(task, cut):
+    logits, label = example(task)
+    metric = make(task, CHANNELS[task])
+    metric.update(logits[:cut], label[:cut])
+    metric.update(logits[cut:], label[cut:])
+    assert metric.compute() == pytest.approx(score(task, logits, label), rel=1e-7)  # single precision within an image
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_ignored_pixels_do_not_count(task):
+    logits, label = example(task)
+    changed = logits.clone()
+    changed[:, :, 2] = -3 * changed[:, :, 2] + 1
+    assert score(task, changed, label) == score(task, logits, label)
+
+
+@pytest.mark.parametrize("task", ["semseg", "normals", "depth", "edge"])
+def test_without_a_label_there_is_no_figure(task):
+    logits, label = example(task)
+    label.fill_(IGNORE.get(task, 255))
+    assert all(math.isnan(value) for value in score(task, logits, label).values())
+    assert all(math.isnan(value) for value in make(task, CHANNELS[task]).compute().values())
+
+
+@pytest.mark.parametrize(
+    ("task", "perfect", "expected"),
+    [
+        ("semseg", lambda y: torch.nn.functional.one_hot(y, 5).permute(0, 3, 1, 2).float(), {"mIoU": 100}),
+        ("saliency", lambda y: 20 * y[:, None] - 10, {"max_mIoU": 100}),
+        ("normals", lambda y: 3 * y, {"mean_error": 0}),
+        ("depth", lambda y: y[:, None], {"rmse": 0, "abs_rel": 0}),
+        ("edge", lambda y: 20 * y[:, None] - 10, {"max_f": 100}),
+    ],
+)
+def test_a_perfect_prediction(task, perfect, expected):
+    label = synthetic_label(task, CHANNELS[task], (2, 6, 7), torch.Generator().manual_seed(0))
+    assert score(task, perfect(label), label) == pytest.approx(expected, abs=1e-4)
+
+
+# Classes
+
+
+def classified(predicted, truth, classes):
+    metric = MeanIoU(classes)
+    logits = torch.nn.functional.one_hot(torch.tensor([[predicted]]), classes).permute(0, 3, 1, 2).float()
+    metric.update(logits, torch.tensor([[truth]]))
+    return metric
+
+
+def test_iou_by_hand():
+    metric = classified([0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 255, 0], 4)
+    # 0: one of {0, 1, 5}; 1: two of {1, 2, 3}; 2: predicted once among the labelled, never true; 3: never occurs.
+    assert metric.per_class() == pytest.approx([100 / 3, 200 / 3, 0, None])
+    assert metric.compute() == {"mIoU": pytest.approx(100 / 3)}
+
+
+def test_an_absent_class_has_no_iou_and_a_missed_one_has_zero():
+    assert classified([0, 0], [0, 0], 3).per_class() == [100, None, None]
+    assert classified([0, 0], [0, 1], 3).per_class() == [50, 0, None]
+
+
+# Saliency
+
+
+def marked(probabilities, truth):
+    metric = MaxMeanIoU()
+    metric.update(torch.logit(torch.tensor([[probabilities]]))[:, None], torch.tensor([[truth]]).float())
+    return metric
+
+
+def test_saliency_takes_the_best_threshold_of_the_set_not_of_each_image():
+    metric = marked([0.95, 0.52, 0.1, 0.1], [1, 0, 0, 0])  # IoU 1 from 0.55 on, 1/2 below
+    assert metric.compute() == {"max_mIoU": pytest.approx(100)}
+    metric.update(torch.logit(torch.tensor([[[[0.48, 0.1, 0.1, 0.1]]]])), torch.tensor([[[1.0, 0, 0, 0]]]))
+    # The second image is found up to 0.45, where the first scores 1/2: 3/4 against (1 + 0) / 2 above.
+    assert metric.compute() == {"max_mIoU": pytest.approx(75)}
+
+
+def test_saliency_of_an_empty_image_found_empty_counts_as_one():
+    assert marked([0.1, 0.1], [0, 0]).compute() == {"max_mIoU": 100}
+    assert marked([0.1, 0.1], [0, 255]).compute() == {"max_mIoU": 100}
+    assert marked([0.95, 0.95], [0, 0]).compute() == {"max_mIoU": 0}
+    assert marked([0.1, 0.1], [0, 1]).compute() == {"max_mIoU": 0}
+
+
+def test_saliency_of_no_image():
+    assert math.isnan(MaxMeanIoU().compute()["max_mIoU"])
+
+
+# Normals and depth
+
+
+@pytest.mark.parametrize("degrees", [0, 1e-5, 1e-3, 0.1, 30, 90, 150, 179.999, 180])
+@pytest.mark.parametrize("length", [1e-3, 1.0, 50.0])
+def test_normals_angle(degrees, length):
+    angle = math.radians(degrees)
+    metric = NormalsError()
+    prediction = length * torch.tensor([math.sin(angle), 0.0, math.cos(angle)])
+    metric.update(prediction.view(1, 3, 1, 1), torch.tensor([0.0, 0, 1]).view(1, 3, 1, 1))
+    assert metric.compute()["mean_error"] == pytest.approx(degrees, rel=1e-5, abs=1e-5)
+
+
+def test_normals_mean_is_over_pixels_not_images():
+    metric = NormalsError()
+    up = torch.tensor([0.0, 0, 1]).view(1, 3, 1, 1)
+    metric.update(up.expand(1, 3, 1, 3), up.expand(1, 3, 1, 3))
+    metric.update(torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1), up)
+    assert metric.compute()["mean_error"] == pytest.approx(90 / 4)
+
+
+def test_depth_by_hand():
+    metric = DepthError()
+    metric.update(torch.tensor([[[[3.0, 1.0, 9.0]]]]), torch.tensor([[[2.0, 4.0, 0.0]]]))
+    expected = {"rmse": math.sqrt((1 + 9) / 2), "abs_rel": (1 / 2 + 3 / 4) / 2}
+    assert metric.compute() == pytest.approx(expected)
+
+
+# Edges
+
+
+def test_edge_f_by_hand():
+    metric = EdgeF()
+    p, y = [0.9, 0.8, 0.7, 0.2, 0.6], [1, 0, 1, 1, 255]
+    metric.update(torch.logit(torch.tensor([[[p]]])), torch.tensor([[y]]).float())
+    # Marking everything: 2 * 3 / (4 + 3) beats 2 / 4, 2 / 5 and 4 / 6.
+    assert metric.compute() == {"max_f": pytest.approx(600 / 7)}
+
+
+def test_edge_without_edges_in_the_prediction():
+    metric = EdgeF()
+    metric.update(torch.full((1, 1, 1, 4), -50.0), torch.tensor([[[1.0, 0, 0, 0]]]))
+    assert metric.compute() == {"max_f": pytest.approx(40)}  # only the threshold zero marks anything: all of it
