@@ -111,6 +111,7 @@ def run(
     if dry_run:
         _print_cells(jobs, console)
         return
+    sweep.check_writable(out)
     random = any(job.spec.weights == "random" for job in jobs)
     if random:
         _warn_random(console)
@@ -161,35 +162,41 @@ def list_(what: Annotated[str, typer.Argument(help="methods, backbones, datasets
 
 
 def _print_cells(jobs: list, console: Console) -> None:
+    """What all cells share on a line, what sets them apart in a table."""
     from bench import sweep
 
-    table = Table(title=f"{len(jobs)} cells")
-    for heading in (
-        "method",
-        "backbone",
-        "dataset",
-        "protocol",
-        "recipe",
-        "size",
-        "batch",
-        "length",
-        "precision",
-        "weights",
-        "seed",
-        "hash",
-        "state",
-    ):
-        table.add_column(heading, overflow="fold")
+    rows = []
     for job in jobs:
-        spec = job.spec
-        length = f"{spec.epochs} epochs" if spec.epochs else f"{spec.steps} steps"
-        known = sweep.finished(job)
-        row = (
-            escape(spec.method), spec.backbone, spec.dataset, spec.protocol, spec.recipe_name,
-            "x".join(map(str, spec.image_size)), str(spec.batch_size), length, spec.precision,
-            spec.weights[:13], str(spec.seed), spec.hash, known.status if known else "new",
-        )  # fmt: skip
-        table.add_row(*row)
+        spec, known = job.spec, sweep.finished(job)
+        rows.append(
+            {
+                "method": spec.method,
+                "backbone": spec.backbone,
+                "dataset": spec.dataset,
+                "tasks": ", ".join(spec.tasks),
+                "protocol": spec.protocol,
+                "decoder": spec.decoder or "the protocol's",
+                "recipe": spec.recipe_name,
+                "size": "x".join(map(str, spec.image_size)),
+                "batch": str(spec.batch_size),
+                "length": f"{spec.epochs} epochs" if spec.epochs else f"{spec.steps} steps",
+                "precision": spec.precision,
+                "weights": spec.weights[:13],
+                "device": spec.device,
+                "seed": str(spec.seed),
+                "hash": spec.hash,
+                "state": known.status.replace("_", " ") if known else "new",
+            }
+        )
+    always = ("method", "seed", "hash", "state")
+    shown = [key for key in rows[0] if key in always or len({row[key] for row in rows}) > 1]
+    shared = ", ".join(f"{key} {value}" for key, value in rows[0].items() if key not in shown)
+    console.print(f"{len(rows)} {'cell' if len(rows) == 1 else 'cells'}; {escape(shared)}")
+    table = Table()
+    for key in shown:
+        table.add_column(key, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(row[key]) for key in shown))
     console.print(table)
 
 

@@ -9,9 +9,9 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from bench import recipe as recipes
 from bench import yamlfile
@@ -20,6 +20,7 @@ from bench.errors import BenchError, did_you_mean
 from bench.measure import provenance
 from bench.spec import Job, Precision, Protocol, RunSpec
 
+Positive = Annotated[int, Field(gt=0)]
 DECODERS = ("segformer", "hrnet")
 
 
@@ -36,14 +37,14 @@ class Settings(BaseModel):
     decoder: str | None = None
     recipe: str = "quick"
     image_size: str | int | None = None
-    batch_size: int | None = None
-    epochs: int | None = None
-    steps: int | None = None
+    batch_size: Positive | None = None
+    epochs: Positive | None = None
+    steps: Annotated[int, Field(ge=0)] | None = None
     precision: str = "fp32"
     seeds: str | int = "0"
     weights: str = "auto"
-    limit_train: int | None = None
-    limit_val: int | None = None
+    limit_train: Positive | None = None
+    limit_val: Positive | None = None
 
 
 class Suite(BaseModel):
@@ -105,8 +106,7 @@ def jobs(
 
     configured = parse(settings.methods)
     cells = []
-    for backbone in dict.fromkeys(name.strip() for name in settings.backbone.split(",")):
-        name = backbones.full_name(backbone)
+    for name in dict.fromkeys(backbones.full_name(short.strip()) for short in settings.backbone.split(",")):
         source = backbones.resolve_weights(settings.weights, name)
         if source.path:
             backbones.load_backbone(
@@ -210,15 +210,18 @@ def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
 
 def _seeds(text: str) -> list[int]:
     try:
-        return list(dict.fromkeys(int(part) for part in text.split(",")))
+        seeds = list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError as error:
         raise BenchError(f"--seeds {text!r} is not a comma-separated list of whole numbers") from error
+    if any(not 0 <= seed < 2**32 for seed in seeds):
+        raise BenchError(f"--seeds {text!r}: a seed must be at least 0 and below 2^32")
+    return seeds
 
 
 def _size(value: str | int | None) -> tuple[int, int] | None:
     if value is None:
         return None
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(value))
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(value).lower())
     if not match:
         raise BenchError(f"--image-size {value!r} is neither a number nor HEIGHTxWIDTH")
     return int(match[1]), int(match[2] or match[1])

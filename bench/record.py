@@ -5,6 +5,7 @@ Written atomically, found again by the content hash of its spec. No torch here: 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -64,6 +65,8 @@ class Provenance(Part):
     cuda: str | None = None
     cores: int
     memory_gib: float
+    threads: int | None = None  # of torch's own operators
+    load_before: float | None = None  # runnable processes in the minute before the cell; its own do not count
     platform: str
     python: str
     packages: dict[str, str]
@@ -152,6 +155,8 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise BenchError(f"cannot write {path}: {error.strerror}; choose another folder") from error
 
 

@@ -65,6 +65,7 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     mixed = spec.precision if spec.precision in ("bf16", "fp16") else "no"
     accelerator = Accelerator(mixed_precision=mixed, cpu=not on_gpu)
 
+    record.provenance.threads = torch.get_num_threads()
     card = cards.load(job.card)
     channels = card.channels(spec.tasks)
     (configured,) = parse(spec.method)

@@ -56,7 +56,6 @@ def check_writable(out: Path) -> None:
 
 def run_all(jobs: Sequence[Job], console: Console, retry: bool = False) -> list[Record]:
     """Run what is not done yet and return every cell's record. Raises KeyboardInterrupt after leaving a clean state."""
-    check_writable(jobs[0].out)
     results: list[Record] = []
     columns = (
         SpinnerColumn(),
@@ -158,7 +157,9 @@ def _show(event: dict, progress: Progress, line: TaskID) -> None:
 
 def _summary(label: str, verb: str, result: Record) -> str:
     if result.status != "ok":
+        kept = "kept: " if verb == "kept" else ""
+        again = " (--retry runs it again)" if verb == "kept" else ""
         reason = f": {escape(result.failure.message)}" if result.failure else ""
-        return f"[red]{result.status.replace('_', ' ')}[/red]  {label}{reason}"
+        return f"[red]{kept}{result.status.replace('_', ' ')}[/red]  {label}{reason}{again}"
     figures = f"{result.parameters.trainable / 1e6:.2f} M trainable, {result.time.median:.3f} s/batch"
     return f"[green]{verb}[/green]  {label}: {figures} on {result.time.device}"

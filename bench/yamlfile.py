@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -45,10 +45,12 @@ def load(path: Path, model: type[M]) -> M:
         raise BenchError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
     if not isinstance(data, dict):
         raise BenchError(f"{path}: expected a mapping of keys to values")
+    _refuse_duplicates(tree, path)
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A misspelt key is also a missing one: the misspelling is what the user wants to hear of.
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         raise BenchError(f"{path}:{_line(tree, first['loc'])}: {describe(first, model)}") from error
 
 
@@ -67,19 +69,42 @@ def describe(error: dict, model: type[BaseModel]) -> str:
 
 
 def _fields(model: type[BaseModel], loc: tuple) -> list[str]:
-    """Field names of the model that `loc` leads to, through dicts, lists and optional values."""
-    current: object = model
+    """Field names of the model that the key path `loc` leads to, through mappings, lists and optional values."""
+    current: Any = model
     for part in loc:
-        if isinstance(current, type) and issubclass(current, BaseModel):
-            field = current.model_fields.get(str(part))
-            current = _inner_model(field.annotation) if field else None
-    return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
+        current = _step(current, part)
+    inner = next((kind for kind in (current, *get_args(current)) if _is_model(kind)), None)
+    return list(inner.model_fields) if inner else []
 
 
-def _inner_model(annotation: object) -> object:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(_inner_model, getattr(annotation, "__args__", ()))), None)
+def _step(annotation: Any, part: str | int) -> Any:
+    """The annotation one key below another; None where there is none."""
+    if _is_model(annotation):
+        field = annotation.model_fields.get(str(part))
+        return field.annotation if field else None
+    arguments = get_args(annotation)
+    if get_origin(annotation) in (dict, list, tuple):
+        return arguments[-1] if get_origin(annotation) is dict else arguments[0]
+    return next((found for kind in arguments if (found := _step(kind, part)) is not None), None)
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _refuse_duplicates(node: yaml.Node | None, path: Path) -> None:
+    """YAML itself lets a later key silently replace an earlier one."""
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise BenchError(f"{path}:{line}: key {key.value!r} stands here and in line {seen[key.value]}")
+            seen[key.value] = line
+            _refuse_duplicates(value, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_duplicates(value, path)
 
 
 def _line(node: yaml.Node | None, loc: tuple) -> int:

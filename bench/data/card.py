@@ -24,7 +24,8 @@ class TaskCard(BaseModel):
 
     path      pattern below the data root with {id}; empty for rendered data
     classes   class names in label order, for semseg and human_parts
-    ignore    raw values that mean "no label"; subtract: taken from the other raw values to give 0..n-1
+    ignore    raw values that mean "no label"; where not given, 255 for class labels and none for masks
+    subtract  taken from the other raw values to give 0..n-1, for semseg and human_parts
     scale     depth only: metres = stored value * scale
     """
 
@@ -32,7 +33,7 @@ class TaskCard(BaseModel):
 
     path: str = ""
     classes: tuple[str, ...] = ()
-    ignore: tuple[int, ...] = (255,)
+    ignore: tuple[int, ...] | None = None
     subtract: int = 0
     scale: Annotated[float, Field(gt=0)] = 1.0
 
@@ -42,7 +43,7 @@ class Card(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]  # a folder of records is named after it
     title: str
     source: Literal["files", "scenes"] = "files"
     licence: str = ""
@@ -92,6 +93,8 @@ class Card(BaseModel):
 def _check_pattern(key: str, pattern: str) -> None:
     try:
         fields = {field for _, field, _, _ in string.Formatter().parse(pattern) if field is not None}
+        if fields == {"id"}:
+            pattern.format(id="0001")
     except ValueError as error:
         raise ValueError(f"{key}: {pattern!r} is not a valid pattern: {error}") from error
     if fields != {"id"}:
@@ -119,7 +122,10 @@ def ids(card: Card, split: Literal["train", "val"], root: Path | None, limit: in
         path = require_root(card, root) / value
         if not path.is_file():
             raise BenchError(f"{card.name}: no list of {split} images at {path}; is --data-root right?")
-        names = path.read_text(encoding="utf-8").split()
+        try:
+            names = path.read_text(encoding="utf-8").split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise BenchError(f"{card.name}: cannot read {path} as a list of ids: {error}") from error
         if not names:
             raise BenchError(f"{card.name}: {path} is empty")
         if len(set(names)) != len(names):

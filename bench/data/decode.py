@@ -65,21 +65,26 @@ def _read_npy(path: Path) -> np.ndarray:
 def _classes(raw: np.ndarray, card: TaskCard, path: Path) -> np.ndarray:
     if not np.issubdtype(raw.dtype, np.integer):
         raise BenchError(f"{path}: class labels must be integers, found {raw.dtype}")
-    ignored = np.isin(raw, card.ignore)
+    ignore = (IGNORE,) if card.ignore is None else card.ignore
+    ignored = np.isin(raw, ignore)
     labels = raw.astype(np.int64) - card.subtract
     wrong = ~ignored & ((labels < 0) | (labels >= len(card.classes)))
     if wrong.any():
         value = int(raw[wrong][0])
         low, high = card.subtract, card.subtract + len(card.classes) - 1
-        raise BenchError(f"{path}: label value {value} is outside {low}..{high} and not in ignore {list(card.ignore)}")
+        raise BenchError(f"{path}: label value {value} is outside {low}..{high} and not in ignore {list(ignore)}")
     return np.where(ignored, IGNORE, labels).astype(np.uint8)
 
 
 def _binary(raw: np.ndarray, card: TaskCard, path: Path) -> np.ndarray:
-    top = raw.max(initial=0)
-    if not np.isfinite(top) or raw.min(initial=0) < 0 or top > 255:
+    ignored = np.isin(raw, card.ignore or ())
+    labelled = raw[~ignored]
+    top = labelled.max(initial=0)
+    if not np.isfinite(top) or labelled.min(initial=0) < 0 or top > 255:
         raise BenchError(f"{path}: expected a mask of 0 and 1, or of 0..255")
-    return (raw > (127 if top > 1 else 0.5)).astype(np.uint8)
+    if set(np.unique(labelled).tolist()) in ({1, 255}, {0, 1, 255}):
+        raise BenchError(f"{path}: a mask of 0, 1 and 255; if 255 means 'no label', the card must say ignore: [255]")
+    return np.where(ignored, IGNORE, raw > (127 if top > 1 else 0.5)).astype(np.uint8)
 
 
 def _normals(raw: np.ndarray, path: Path) -> np.ndarray:

@@ -29,6 +29,7 @@ def describe(device: str, device_index: int = 0) -> Provenance:
         cuda=cuda,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_gib=round(total_memory() / 2**30, 1),
+        load_before=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         platform=platform.platform(terse=True),
         python=platform.python_version(),
         packages=package_versions(),

@@ -189,9 +189,13 @@ def _drift(found: Sequence[Found]) -> list[str]:
     """Warnings for records that ran on different software; that alone does not keep them apart."""
     seen = [item.record.provenance for item in found if item.record.provenance]
     torch = sorted({p.packages["torch"] for p in seen if "torch" in p.packages})
+    # One above the cores: the cell before in the same sweep is still in the average.
+    loads = [(p.load_before, p.cores) for p in seen if p.device == "cpu" and p.load_before is not None]
+    busy, cores = max((load for load in loads if load[0] > load[1] + 1), default=(0.0, 0))
     commits = sorted({p.commit[:10] for p in seen if p.commit})
     return [
         *([f"rows ran on different torch versions: {', '.join(torch)}"] if len(torch) > 1 else []),
         *([f"rows come from different commits: {', '.join(commits)}"] if len(commits) > 1 else []),
+        *([f"measured on a busy machine: load {busy:.1f} on {cores} cores when a cell began"] if busy else []),
         *(["some rows come from a working tree with uncommitted changes"] if any(p.dirty for p in seen) else []),
     ]

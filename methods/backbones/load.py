@@ -159,8 +159,12 @@ def _load_file(model: nn.Module, path: Path, name: str) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("model", state.get("state_dict", state))
-    except Exception as error:  # safetensors, pickle and OS errors share no base class
-        raise MethodError(f"cannot read weights from {path}: {_first_line(error)}") from error
+    except Exception as error:  # safetensors, unpickling and OS errors share no base class
+        raise MethodError(
+            f"cannot read weights from {path}: no checkpoint of tensors alone ({type(error).__name__})"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise MethodError(f"{path} is not a checkpoint of tensors by name")
     # Counters of batch norm decide nothing in evaluation, and some exporters change their shape.
     wanted = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith("num_batches_tracked")}
     # A feature extractor flattens its top-level modules (stages.0 -> stages_0).

@@ -75,16 +75,19 @@ class SwinBackbone(Backbone):
         self.strides = tuple(info["reduction"] for info in model.feature_info)
         self.stem_channels = self.channels[0]
         self.depths = tuple(stage.depth for stage in self.layers)
-        for block in self.blocks():
-            # Where a map is no larger than the window there is nothing to shift to (Swin paper's code does the
-            # same); the window itself stays whole, so that the bias tables do not depend on the image size.
-            shift = tuple(
-                0 if side <= window else shift
-                for side, window, shift in zip(block.input_resolution, block.window_size, block.shift_size, strict=True)
-            )
-            if shift != tuple(block.shift_size):
-                block.shift_size = shift
-                block._init_buffers()
+        grid = tuple(model.patch_embed.grid_size)
+        for index, stage in enumerate(self.layers):
+            # Merging pads odd maps, so halves are rounded up (early versions of timm rounded down here).
+            grid = tuple(-(-side // 2) for side in grid) if index else grid
+            for block in stage.blocks:
+                # Where a map is no larger than the window there is nothing to shift to (the Swin paper's code does
+                # the same); the window stays whole, so that the bias tables do not depend on the image size.
+                block.input_resolution = grid
+                block.shift_size = tuple(
+                    0 if side <= window else shift
+                    for side, window, shift in zip(grid, block.window_size, block.shift_size, strict=True)
+                )
+                block.register_buffer("attn_mask", block.get_attn_mask(), persistent=False)
         self.pretrained_names = frozenset(name for name, _ in self.named_parameters())
 
     def blocks(self) -> list[nn.Module]:
