@@ -6,28 +6,37 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-if [ -n "${PYTHON:-}" ]; then
-  python=$PYTHON
-else
-  python=.venv/bin/python
-  if [ ! -x .venv/bin/bench ]; then
-    base=$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
-    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, found $("$base" --version)" >&2; exit 2; }
-    "$base" -m venv .venv
-    "$python" -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+set_up() {
+  if [ -n "${PYTHON:-}" ]; then
+    python=$PYTHON
+    return
   fi
-fi
+  python=.venv/bin/python
+  [ ! -x .venv/bin/bench ] || return 0
+  for candidate in python3 python3.13 python3.12 python3.11; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      "$candidate" -m venv .venv
+      "$python" -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+      return
+    fi
+  done
+  echo "Python 3.11 or newer is needed and none was found; name one with PYTHON=..." >&2
+  exit 2
+}
 
 case "${1:-}" in
   "")
+    set_up
     "$python" -m bench run --methods ours,mtlora --backbone swin_tiny
     "$python" -m bench report
     ;;
   test)
+    set_up
     # One thread a worker: several test processes on few cores only get in each other's way otherwise.
-    OMP_NUM_THREADS=1 "$python" -m pytest -n auto "${@:2}"
+    OMP_NUM_THREADS=1 "$python" -m pytest -n auto --dist loadfile "${@:2}"
     ;;
   table2)
+    set_up
     "$python" -m bench run --suite table2 --device cuda --out "${2:-runs/table2}"
     "$python" -m bench report "${2:-runs/table2}"
     ;;
