@@ -27,8 +27,10 @@ set_up() {
 case "${1:-}" in
   "")
     set_up
-    "$python" -m bench run --methods ours,mtlora --backbone swin_tiny
+    # A cell that failed is a row of the report, not a reason to print none.
+    "$python" -m bench run --methods ours,mtlora --backbone swin_tiny || status=$?
     "$python" -m bench report
+    exit "${status:-0}"
     ;;
   test)
     set_up
@@ -37,8 +39,9 @@ case "${1:-}" in
     ;;
   table2)
     set_up
-    "$python" -m bench run --suite table2 --device cuda --out "${2:-runs/table2}"
+    "$python" -m bench run --suite table2 --device cuda --out "${2:-runs/table2}" || status=$?
     "$python" -m bench report "${2:-runs/table2}"
+    exit "${status:-0}"
     ;;
   *)
     echo "usage: ./run_all.sh [test | table2 [FOLDER]]" >&2

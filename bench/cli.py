@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.errors import BenchError
+from methods.registry import MethodError
 
 app = typer.Typer(
     help="Compare PEFT methods for multi-task dense vision: parameters, memory, time and accuracy.",
@@ -35,9 +36,7 @@ def one_line_errors(verb: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             errors.print("[yellow]interrupted[/yellow]; the same command goes on where this one stopped")
             raise typer.Exit(130) from None
-        except (BenchError, ValueError) as error:
-            if not isinstance(error, BenchError) and type(error).__name__ != "MethodError":
-                raise
+        except (BenchError, MethodError) as error:
             errors.print(f"[red]error:[/red] {escape(str(error))}")
             raise typer.Exit(2) from None
 
@@ -94,6 +93,7 @@ def run(
         int | None, typer.Option(min=0, help="Loader processes. [default: none on a CPU, up to 8 on a GPU]")
     ] = None,
     out: Annotated[Path, typer.Option(help="Where records go.")] = Path("runs"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run finished cells again too.")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Run failed cells again.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and stop.")] = False,
 ) -> None:
@@ -107,7 +107,8 @@ def run(
         "steps": steps, "precision": precision, "seeds": seeds, "weights": weights, "limit_train": limit_train,
         "limit_val": limit_val,
     }  # fmt: skip
-    jobs = grid.jobs(suite, {k: v for k, v in given.items() if v is not None}, data_root, device, workers, out)
+    chosen = {k: v for k, v in given.items() if v is not None}
+    jobs = grid.jobs(suite, chosen, data_root, device, workers, out, tell=errors.print)
     if dry_run:
         _print_cells(jobs, console)
         return
@@ -115,7 +116,7 @@ def run(
     random = any(job.spec.weights == "random" for job in jobs)
     if random:
         _warn_random(console)
-    results = sweep.run_all(jobs, console, retry)
+    results = sweep.run_all(jobs, console, retry, fresh)
     bad = [result for result in results if result.status != "ok"]
     if random:
         _warn_random(console)

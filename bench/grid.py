@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import os
+import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -16,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from bench import recipe as recipes
 from bench import yamlfile
 from bench.data import card as cards
+from bench.data.card import Card
 from bench.errors import BenchError, did_you_mean
 from bench.measure import provenance
 from bench.spec import Job, Precision, Protocol, RunSpec
@@ -61,6 +64,24 @@ def load_suite(name: str) -> Suite:
     return yamlfile.load(yamlfile.find("suites", name), Suite)
 
 
+@dataclass(frozen=True)
+class Data:
+    """What the cells of a run read, settled once for all of them."""
+
+    card: Card
+    tasks: tuple[str, ...]
+    fingerprint: str
+    limit_train: int | None
+    limit_val: int | None
+
+
+@dataclass(frozen=True)
+class Device:
+    slug: str  # "cpu", or the GPU's name
+    name: str = ""
+    index: int = 0
+
+
 def jobs(
     suite: str | None,
     given: Mapping[str, Any],
@@ -68,8 +89,71 @@ def jobs(
     device: str,
     workers: int | None,
     out: Path,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> list[Job]:
-    """Every cell, in order: backbones, then methods, then seeds. Raises BenchError or MethodError in one line."""
+    """Every cell, in order: backbones, then methods, then seeds. Raises BenchError or MethodError in one line.
+
+    Where `all` methods were asked for, those that refuse a backbone are left out and `tell` hears why.
+    """
+    settings = _settings(suite, given)
+    recipe = recipes.load(settings.recipe)
+    seeds = _seeds(str(settings.seeds))
+    data = _data(settings, recipe, data_root)
+    size = _size(settings.image_size) or recipe.image_size or data.card.image_size
+    epochs, steps = _length(settings, recipe)
+
+    # Only now the slow imports: whatever is wrong above is said at once.
+    place = resolve_device(device, settings.precision)
+    from methods.backbones import load as backbones
+    from methods.registry import parse
+
+    configured = parse(settings.methods)
+    cells = []
+    for backbone in dict.fromkeys(backbones.full_name(short.strip()) for short in settings.backbone.split(",")):
+        weights = backbones.resolve_weights(settings.weights, backbone)
+        if weights.path:
+            # The weights of another model are refused here, once, and not by each cell.
+            backbones.load_backbone(backbone, size, weights)
+        fitting = _buildable(configured, backbone, size, data, settings, tell)
+        for method, seed in itertools.product(fitting, seeds):
+            spec = RunSpec(
+                method=method.expression,
+                backbone=backbone,
+                dataset=data.card.name,
+                data_fingerprint=data.fingerprint,
+                tasks=data.tasks,
+                protocol=settings.protocol,
+                decoder=settings.decoder,
+                recipe_name=Path(settings.recipe).stem,
+                recipe=recipe,
+                image_size=size,
+                batch_size=settings.batch_size or recipe.batch_size,
+                epochs=epochs,
+                steps=steps,
+                precision=settings.precision,
+                weights=f"file:{weights.sha256}" if weights.source == "file" else weights.source,
+                limit_train=data.limit_train,
+                limit_val=data.limit_val,
+                device=place.slug,
+                seed=seed,
+            )
+            cells.append(
+                Job(
+                    spec=spec,
+                    out=out.resolve(),
+                    card=_card_reference(settings.dataset),
+                    data_root=data_root.resolve() if data_root else None,
+                    weights_path=weights.path.resolve() if weights.path else None,
+                    device_index=place.index,
+                    device_name=place.name,
+                    workers=_default_workers(place) if workers is None else workers,
+                )
+            )
+    return cells
+
+
+def _settings(suite: str | None, given: Mapping[str, Any]) -> Settings:
+    """The suite's settings under what was given, checked as far as they can be by themselves."""
     base = load_suite(suite).settings.model_dump(exclude_unset=True) if suite else {}
     if "steps" in given or "epochs" in given:
         base = {key: value for key, value in base.items() if key not in ("steps", "epochs")}
@@ -80,102 +164,70 @@ def jobs(
     _one_of("precision", settings.precision, get_args(Precision))
     if settings.decoder is not None:
         _one_of("decoder", settings.decoder, DECODERS)
-    seeds = _seeds(str(settings.seeds))
+    return settings
+
+
+def _data(settings: Settings, recipe: recipes.Recipe, root: Path | None) -> Data:
     card = cards.load(settings.dataset)
     tasks = cards.choose_tasks(card, settings.tasks)
-    recipe = recipes.load(settings.recipe)
     unweighted = [task for task in tasks if task not in recipe.loss_weights]
     if unweighted:
         raise BenchError(f"recipe {settings.recipe} has no loss weight for {', '.join(unweighted)}")
-    size = _size(settings.image_size) or recipe.image_size or card.image_size
-    epochs, steps = _length(settings, recipe)
-    limit_train = settings.limit_train or recipe.limit_train
-    limit_val = settings.limit_val or recipe.limit_val
-    if steps == 0:
-        fingerprint = ""  # efficiency figures come from synthetic batches
-    else:
-        names = [cards.ids(card, s, data_root, n) for s, n in (("train", limit_train), ("val", limit_val))]
-        for chosen in names:
-            cards.check_files(card, data_root, chosen, tasks)
-        fingerprint = cards.fingerprint(card, *names, tasks)
-
-    # Only now the slow imports: whatever is wrong above is said at once.
-    device_name, index = resolve_device(device, settings.precision)
-    from methods.backbones import load as backbones
-    from methods.registry import parse
-
-    configured = parse(settings.methods)
-    cells = []
-    for name in dict.fromkeys(backbones.full_name(short.strip()) for short in settings.backbone.split(",")):
-        source = backbones.resolve_weights(settings.weights, name)
-        if source.path:
-            backbones.load_backbone(
-                name, size, source
-            )  # the weights of another model are refused here, not by each cell
-        check_buildable(configured, name, size, card.channels(tasks), settings.protocol, settings.decoder)
-        for method, seed in itertools.product(configured, seeds):
-            spec = RunSpec(
-                method=method.expression,
-                backbone=name,
-                dataset=card.name,
-                data_fingerprint=fingerprint,
-                tasks=tasks,
-                protocol=settings.protocol,
-                decoder=settings.decoder,
-                recipe_name=Path(settings.recipe).stem,
-                recipe=recipe,
-                image_size=size,
-                batch_size=settings.batch_size or recipe.batch_size,
-                epochs=epochs,
-                steps=steps,
-                precision=settings.precision,
-                weights=f"file:{source.sha256}" if source.source == "file" else source.source,
-                limit_train=limit_train,
-                limit_val=limit_val,
-                device=device_name,
-                seed=seed,
-            )
-            default_workers = 0 if device_name == "cpu" else min(8, max(1, (os.cpu_count() or 1) - 1))
-            cells.append(
-                Job(
-                    spec=spec,
-                    out=out.resolve(),
-                    card=str(Path(settings.dataset).resolve())
-                    if settings.dataset.endswith((".yaml", ".yml"))
-                    else settings.dataset,
-                    data_root=data_root.resolve() if data_root else None,
-                    weights_path=source.path.resolve() if source.path else None,
-                    device_index=index,
-                    workers=default_workers if workers is None else workers,
-                )
-            )
-    return cells
+    if _length(settings, recipe)[1] == 0:
+        # Efficiency figures come from synthetic batches: of the data, only the number of outputs matters.
+        channels = json.dumps(card.channels(tasks))
+        return Data(card, tasks, hashlib.sha256(channels.encode()).hexdigest()[:12], None, None)
+    limits = {"train": settings.limit_train or recipe.limit_train, "val": settings.limit_val or recipe.limit_val}
+    names = {split: cards.ids(card, split, root, limit) for split, limit in limits.items()}
+    sizes = [size for chosen in names.values() for size in cards.check_files(card, root, chosen, tasks)]
+    # A limit that does not bind is none: the same images are the same cell.
+    whole = {split: limit is None or limit >= len(cards.ids(card, split, root)) for split, limit in limits.items()}
+    return Data(
+        card,
+        tasks,
+        cards.fingerprint(card, names["train"], names["val"], tasks, sizes),
+        None if whole["train"] else limits["train"],
+        None if whole["val"] else limits["val"],
+    )
 
 
-def check_buildable(
-    configured: list,
-    backbone: str,
-    size: tuple[int, int],
-    channels: Mapping[str, int],
-    protocol: str,
-    decoder: str | None,
-) -> None:
-    """Raise MethodError where a method refuses the backbone, before anything is trained.
+def _card_reference(dataset: str) -> str:
+    return str(Path(dataset).expanduser().resolve()) if dataset.endswith((".yaml", ".yml")) else dataset
 
-    Everything is built on the meta device: shapes without memory.
-    """
+
+def _default_workers(place: Device) -> int:
+    return 0 if place.slug == provenance.CPU else min(8, max(1, provenance.usable_cores() - 1))
+
+
+def _buildable(
+    configured: list, backbone: str, size: tuple[int, int], data: Data, settings: Settings, tell: Callable[[str], None]
+) -> list:
+    """The methods that can be built on the backbone, tried on the meta device: shapes without memory."""
     import torch
 
     from methods.backbones.load import WeightSource, load_backbone
     from methods.model import Setting
+    from methods.registry import MethodError
 
-    with torch.device("meta"):
-        for method in configured:
-            method.build(load_backbone(backbone, size, WeightSource("random")), channels, Setting(protocol, decoder))
+    fitting, refusals = [], []
+    for method in configured:
+        with torch.device("meta"):
+            frame = load_backbone(backbone, size, WeightSource("random"))
+            try:
+                method.build(frame, data.card.channels(data.tasks), Setting(settings.protocol, settings.decoder))
+            except MethodError as error:
+                refusals.append(error)
+                continue
+        fitting.append(method)
+    if refusals and ("all" not in settings.methods.split(",") or not fitting):
+        raise refusals[0]
+    for refusal in refusals:
+        tell(f"left out: {refusal}")
+    return fitting
 
 
-def resolve_device(device: str, precision: str) -> tuple[str, int]:
-    """`auto|cpu|cuda|cuda:N` -> ("cpu" or the GPU's slug, index).
+def resolve_device(device: str, precision: str) -> Device:
+    """`auto|cpu|cuda|cuda:N` -> where the cells will run. Raises BenchError for what this machine does not have.
 
     CUDA is asked in a short-lived process, so that this one never holds memory on the GPU that it measures.
     """
@@ -183,24 +235,35 @@ def resolve_device(device: str, precision: str) -> tuple[str, int]:
     if not match or (match[2] and match[1] != "cuda"):
         raise BenchError(f"unknown device {device!r}; expected auto, cpu, cuda or cuda:N")
     index = int(match[2] or 0)
-    count = 0 if match[1] == "cpu" else _cuda_devices()
-    if match[1] == "cuda" and index >= count:
-        found = f"{count} CUDA device{'s' if count != 1 else ''}" if count else "no CUDA device"
+    gpus = [] if match[1] == "cpu" else _cuda_devices()
+    if match[1] == "cuda" and index >= len(gpus):
+        found = f"{len(gpus)} CUDA device{'s' if len(gpus) != 1 else ''}" if gpus else "no CUDA device"
         raise BenchError(f"--device {device}: torch finds {found} on this machine; use --device cpu")
-    if count == 0:
+    if not gpus:
         if precision in ("fp16", "tf32"):
             raise BenchError(f"--precision {precision} needs a CUDA GPU; on a CPU use fp32 or bf16")
-        return "cpu", 0
-    return provenance.slug(provenance.gpu(index)[0]), index
+        return Device(provenance.CPU)
+    name, major = gpus[index]["name"], gpus[index]["major"]
+    if precision in ("bf16", "tf32") and major < 8:
+        raise BenchError(f"--precision {precision}: {name} has no {precision}; use fp32 or fp16")
+    return Device(provenance.slug(name), name, index)
 
 
-def _cuda_devices() -> int:
-    code = "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"
+def _cuda_devices() -> list[dict[str, Any]]:
+    """Name and compute capability of every GPU that torch can use."""
+    code = (
+        "import json, torch; n = torch.cuda.device_count() if torch.cuda.is_available() else 0; "
+        "print(json.dumps([{'name': torch.cuda.get_device_name(i), 'major': torch.cuda.get_device_capability(i)[0]} "
+        "for i in range(n)]))"
+    )
     try:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise BenchError(f"torch cannot be imported: {error}") from error
-    return int(done.stdout.split()[-1])
+        return json.loads(done.stdout.splitlines()[-1])
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or ["no message"])[-1]
+        raise BenchError(f"torch cannot be asked for GPUs: {last}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BenchError(f"torch cannot be asked for GPUs: {error}") from error
 
 
 def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:

@@ -51,10 +51,6 @@ class Weights(Part):
     name: str = ""  # timm tag or file name
     sha256: str = ""  # of the file, where there is one
 
-    @property
-    def random(self) -> bool:
-        return self.source == "random"
-
 
 class Provenance(Part):
     """What the row was run on."""
@@ -75,7 +71,7 @@ class Provenance(Part):
     data_fingerprint: str = ""
     weights: Weights | None = None
     started: str = ""  # ISO 8601, UTC
-    seconds: float | None = None
+    seconds: float | None = None  # of the process that wrote the record, the last one of a resumed cell
 
 
 class Parameters(Part):

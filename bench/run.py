@@ -22,6 +22,7 @@ from bench.errors import BenchError
 from bench.measure import provenance
 from bench.record import Failure, MethodInfo, Parameters, Record, Status, Weights
 from bench.spec import Job
+from methods.registry import MethodError, parse
 
 Emit = Callable[..., None]
 FLOOR_SAMPLES = 200  # training images that the constant prediction is fitted on
@@ -29,8 +30,6 @@ FLOOR_SAMPLES = 200  # training images that the constant prediction is fitted on
 
 def method_info(expression: str) -> MethodInfo:
     """What a report needs to know of a method, from its canonical expression."""
-    from methods.registry import parse
-
     (configured,) = parse(expression)
     method = configured.method
     return MethodInfo(
@@ -55,15 +54,16 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     from bench.train.loop import Trainer, evaluate, train
     from methods.backbones.load import WeightSource, load_backbone
     from methods.model import MultiTaskModel, Setting
-    from methods.registry import parse
 
     spec, recipe = job.spec, job.spec.recipe
     on_gpu = spec.device_kind == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise BenchError("a CUDA device was asked for, but torch sees none")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = spec.precision == "tf32"
-    mixed = spec.precision if spec.precision in ("bf16", "fp16") else "no"
-    accelerator = Accelerator(mixed_precision=mixed, cpu=not on_gpu)
+
+    def make_accelerator() -> Accelerator:
+        mixed = spec.precision if spec.precision in ("bf16", "fp16") else "no"
+        return Accelerator(mixed_precision=mixed, cpu=not on_gpu)
 
     record.provenance.threads = torch.get_num_threads()
     card = cards.load(job.card)
@@ -81,6 +81,7 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
         return configured.build(backbone, channels, Setting(spec.protocol, spec.decoder))
 
     emit("phase", name="measure")
+    accelerator = make_accelerator()
     model = build()
     ledger = model.ledger()
     record.parameters = Parameters(
@@ -101,6 +102,7 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
         return
     del trainer, model, batch
     accelerator.free_memory()
+    accelerator = make_accelerator()  # training starts with a loss scale of its own
 
     train_set = DenseDataset(
         card, "train", spec.tasks, spec.image_size, job.data_root, spec.limit_train, recipe.augment, spec.seed
@@ -148,7 +150,7 @@ def _finite(values: dict[str, dict[str, float]]) -> dict[str, dict[str, float | 
 
 def blank_record(job: Job) -> Record:
     """A record that says what was to be run and where, before it has run."""
-    about = provenance.describe(job.spec.device, job.device_index)
+    about = provenance.describe(job.spec.device, job.device_name)
     about.data_fingerprint = job.spec.data_fingerprint
     return Record(status="interrupted", spec=job.spec, method=method_info(job.spec.method), provenance=about)
 
@@ -163,11 +165,12 @@ def classify(error: BaseException) -> tuple[Status, Failure]:
         )
     trace = "".join(traceback.format_exception(error))
     memory = kind == "OutOfMemoryError" or isinstance(error, MemoryError)
-    if memory or (isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)):
+    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # the last one is cuBLAS's and cuDNN's
+    if memory or (isinstance(error, RuntimeError) and any(sign in text for sign in signs)):
         return "out_of_memory", Failure(kind=kind, message=_first_line(text) or "out of memory", traceback=trace)
     if kind == "DivergedError":
         return "diverged", Failure(kind=kind, message=text)
-    if kind in ("BenchError", "MethodError"):
+    if isinstance(error, (BenchError, MethodError)):
         # From a loader's worker process the message comes wrapped in that process's traceback.
         return "failed", Failure(kind=kind, message=text.splitlines()[-1].removeprefix("bench.errors.BenchError: "))
     return "failed", Failure(kind=kind, message=_first_line(text) or kind, traceback=trace)
@@ -180,6 +183,7 @@ def _first_line(text: str) -> str:
 def main() -> None:
     job = Job.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     channel = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what C libraries print does not belong between the events
 
     def emit(event: str, **values: Any) -> None:
         try:
@@ -200,6 +204,8 @@ def main() -> None:
             record.status = "ok"
         except (Exception, KeyboardInterrupt) as error:
             record.status, record.failure = classify(error)
+        for number in (signal.SIGINT, signal.SIGTERM):  # from here on there is nothing to interrupt but the writing
+            signal.signal(number, signal.SIG_IGN)
         record.provenance.seconds = round(time.monotonic() - started, 1)
         record.write(job.out)
     if record.status in ("ok", "diverged"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -26,7 +26,7 @@ class RunSpec(BaseModel):
     method: str  # canonical expression, e.g. "bdta_mote[r=2]"
     backbone: str  # full timm name
     dataset: str
-    data_fingerprint: str  # of the card, the chosen ids and, for rendered data, the renderer's version
+    data_fingerprint: str  # of the card, the ids in use and their files; for efficiency alone, of the output channels
     tasks: tuple[str, ...]
     protocol: Protocol
     decoder: str | None  # None = the protocol's own
@@ -45,11 +45,17 @@ class RunSpec(BaseModel):
 
     @property
     def hash(self) -> str:
-        """Twelve hex digits of the content. The seed is left out, so that the seeds of a cell sit side by side, and
-        what a recipe is called, since rewording it changes no figure."""
-        names = {"seed": True, "recipe_name": True, "recipe": {"title", "source"}}
-        content = json.dumps(self.model_dump(mode="json", exclude=names), sort_keys=True)
+        """Twelve hex digits of the content. The seed is left out, so that the seeds of a cell sit side by side."""
+        content = json.dumps(self.setting() | {"method": self.method}, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+    def setting(self) -> dict[str, Any]:
+        """What two cells must share to be compared: all but method and seed. A recipe counts by what it does: its
+        name and prose decide nothing, nor does what the spec itself settles (its batch size, length and limits)."""
+        settled = {"title", "source", "batch_size", "epochs", "steps", "image_size", "limit_train", "limit_val"}
+        return self.model_dump(
+            mode="json", exclude={"method": True, "seed": True, "recipe_name": True, "recipe": settled}
+        )
 
     def relative_path(self) -> PurePosixPath:
         return PurePosixPath(self.device, self.dataset, self.backbone, self.method, f"{self.hash}-s{self.seed}.json")
@@ -68,6 +74,7 @@ class Job(BaseModel):
     data_root: Path | None = None
     weights_path: Path | None = None
     device_index: int = 0
+    device_name: str = ""
     workers: int = 0
     checkpoint_seconds: float = 60.0
 

@@ -25,6 +25,7 @@ from rich.progress import (
 
 from bench import record as records
 from bench.errors import BenchError
+from bench.measure import provenance
 from bench.record import Failure, Record
 from bench.resources import ROOT
 from bench.run import blank_record
@@ -33,9 +34,10 @@ from bench.spec import Job
 GRACE_SECONDS = 120  # for a cell to finish its step and write its checkpoint after an interrupt
 
 
-def finished(job: Job, retry: bool = False) -> Record | None:
-    """The record of a cell that need not run again: any but an interrupted one, or with `retry` only one that is ok."""
-    if not job.record_path.is_file():
+def finished(job: Job, retry: bool = False, fresh: bool = False) -> Record | None:
+    """The record of a cell that need not run again: any but an interrupted one, with `retry` only one that is ok, and
+    with `fresh` none."""
+    if fresh or not job.record_path.is_file():
         return None
     try:
         found = records.read(job.record_path)
@@ -54,7 +56,7 @@ def check_writable(out: Path) -> None:
         raise BenchError(f"cannot write to {out}: {error.strerror}; choose another folder with --out") from error
 
 
-def run_all(jobs: Sequence[Job], console: Console, retry: bool = False) -> list[Record]:
+def run_all(jobs: Sequence[Job], console: Console, retry: bool = False, fresh: bool = False) -> list[Record]:
     """Run what is not done yet and return every cell's record. Raises KeyboardInterrupt after leaving a clean state."""
     results: list[Record] = []
     columns = (
@@ -69,7 +71,7 @@ def run_all(jobs: Sequence[Job], console: Console, retry: bool = False) -> list[
         cells = progress.add_task("cells", total=len(jobs), note="")
         for job in jobs:
             label = f"{escape(job.spec.method)} · {job.spec.backbone.split('.')[0]} · seed {job.spec.seed}"
-            result = finished(job, retry)
+            result = finished(job, retry, fresh)
             if result is None:
                 line = progress.add_task(label, total=None, note="starting")
                 result = _run_one(job, progress, line)
@@ -85,12 +87,7 @@ def run_all(jobs: Sequence[Job], console: Console, retry: bool = False) -> list[
 
 def _run_one(job: Job, progress: Progress, line: TaskID) -> Record:
     job.record_path.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    }
-    if job.spec.device_kind == "cuda":
-        visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
-        environment["CUDA_VISIBLE_DEVICES"] = visible[job.device_index] if visible else str(job.device_index)
+    environment = cell_environment(job)
     with tempfile.TemporaryDirectory() as folder, open(job.log_path, "w", encoding="utf-8") as log:
         request = Path(folder, "job.json")
         request.write_text(job.model_dump_json(), encoding="utf-8")
@@ -106,7 +103,7 @@ def _run_one(job: Job, progress: Progress, line: TaskID) -> Record:
             for text in process.stdout:
                 _show(json.loads(text), progress, line)
             process.wait()
-        except KeyboardInterrupt:
+        except BaseException:
             progress.update(line, note="stopping after this step")
             _stop(process)
             if process.returncode not in (0, 130):  # it could not write its own record
@@ -119,6 +116,16 @@ def _run_one(job: Job, progress: Progress, line: TaskID) -> Record:
     crashed = _crashed(job, process.returncode, "failed")
     crashed.write(job.out)
     return crashed
+
+
+def cell_environment(job: Job) -> dict[str, str]:
+    """Environment of a cell's process: this bench is the one it imports, and its GPU the only one it sees."""
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
+    if job.spec.device_kind == "cuda":
+        visible = [part.strip() for part in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
+        environment["CUDA_VISIBLE_DEVICES"] = visible[job.device_index] if visible else str(job.device_index)
+    return environment
 
 
 def _stop(process: subprocess.Popen) -> None:
@@ -161,5 +168,8 @@ def _summary(label: str, verb: str, result: Record) -> str:
         again = " (--retry runs it again)" if verb == "kept" else ""
         reason = f": {escape(result.failure.message)}" if result.failure else ""
         return f"[red]{kept}{result.status.replace('_', ' ')}[/red]  {label}{reason}{again}"
+    made = result.provenance.commit if result.provenance else None
+    older = verb == "kept" and made is not None and made != provenance.git_state()[0]
+    origin = f", measured at commit {made[:8]} (--fresh runs it again)" if older else ""
     figures = f"{result.parameters.trainable / 1e6:.2f} M trainable, {result.time.median:.3f} s/batch"
-    return f"[green]{verb}[/green]  {label}: {figures} on {result.time.device}"
+    return f"[green]{verb}[/green]  {label}: {figures} on {result.time.device}{origin}"

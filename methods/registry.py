@@ -13,7 +13,7 @@ import math
 import pkgutil
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -116,7 +116,7 @@ def get(name: str) -> Method:
     known = all_methods()
     by_any_name = {alias: method for method in known.values() for alias in (method.name, *method.aliases)}
     if name not in by_any_name:
-        raise MethodError(f"unknown method {name!r}{_near(name, by_any_name)}; `bench list methods` shows all")
+        raise MethodError(f"unknown method {name!r}{near(name, by_any_name)}; `bench list methods` shows all")
     return by_any_name[name]
 
 
@@ -155,7 +155,7 @@ def _expand(text: str) -> list[Configured]:
         fields = {field.name: field for field in dataclasses.fields(method.options)}
         if name not in fields:
             known = ", ".join(fields) or "none"
-            raise MethodError(f"{method.name} has no option {name!r}{_near(name, fields)}; its options: {known}")
+            raise MethodError(f"{method.name} has no option {name!r}{near(name, fields)}; its options: {known}")
         if not equals or not values:
             raise MethodError(
                 f"option {name!r} of {method.name} needs a value, e.g. {name}={_show(fields[name].default)}"
@@ -177,7 +177,7 @@ def _convert(text: str, hint: Any, where: str) -> Any:
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         if text not in choices:
-            raise MethodError(f"{where}: {text!r} is not one of {', '.join(choices)}{_near(text, choices)}")
+            raise MethodError(f"{where}: {text!r} is not one of {', '.join(choices)}{near(text, choices)}")
         return text
     if hint is bool:
         words = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
@@ -201,6 +201,7 @@ def _show(value: Any) -> str:
     return repr(value) if isinstance(value, float) and float(short) != value else short
 
 
-def _near(word: str, known: Any) -> str:
+def near(word: str, known: Iterable[str]) -> str:
+    """' (did you mean X?)' for a near miss, else ''."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -155,7 +155,43 @@ def test_a_number_of_a_suite_that_makes_no_sense_is_one_line(suite, key, value):
 
 def test_efficiency_alone_needs_no_data():
     (job,) = jobs(**SMALL | {"recipe": "quick", "dataset": "nyud_v2", "steps": 0})
-    assert job.spec.data_fingerprint == "" and job.spec.steps == 0
+    assert job.spec.steps == 0 and job.spec.limit_val is None
+
+
+def test_efficiency_alone_depends_on_the_number_of_outputs(tmp_path):
+    """Two cards of one name whose classes differ in number are two cells: #TP and memory differ."""
+    hashes = set()
+    for classes in ("[a, b]", "[a, b, c]", "[d, e, f]"):
+        card = tmp_path / "mine.yaml"
+        card.write_text(
+            "name: mine\ntitle: t\nimage_size: [64, 64]\nimage: '{id}.png'\nsplits: {train: a, val: b}\n"
+            f"tasks: {{semseg: {{path: '{{id}}_s.png', classes: {classes}}}}}\n"
+        )
+        (job,) = jobs(**SMALL | {"dataset": str(card), "steps": 0})
+        hashes.add(job.spec.hash)
+    assert len(hashes) == 2
+
+
+def test_all_leaves_out_what_a_backbone_does_not_serve():
+    heard = []
+    cells = grid.jobs(
+        None,
+        SMALL | {"methods": "all", "backbone": "tf_efficientnet_lite0"},
+        None,
+        "cpu",
+        None,
+        Path("runs"),
+        heard.append,
+    )
+    assert "mtlora" not in {job.spec.method for job in cells} and len(cells) > 1
+    assert len(heard) == 1 and "mtlora" in heard[0]
+
+
+def test_a_limit_that_does_not_bind_is_the_same_cell():
+    few, all_of_them, more = (
+        jobs(**SMALL | {"recipe": "quick", "limit_val": limit})[0].spec for limit in (100, 200, 5000)
+    )
+    assert all_of_them.hash == more.hash != few.hash and more.limit_val is None
 
 
 BASE = RunSpec(

@@ -156,7 +156,10 @@ def test_a_record_is_complete(killed):
         assert [entry["step"] for entry in record.history] == list(range(1, STEPS + 1))
         assert record.parameters.trainable == record.parameters.decoder > 0
         assert len(record.time.samples) == 1 and record.memory.process_peak > 2**26
-        assert record.provenance.weights.random and record.provenance.data_fingerprint == record.spec.data_fingerprint
+        assert (
+            record.provenance.weights.source == "random"
+            and record.provenance.data_fingerprint == record.spec.data_fingerprint
+        )
 
 
 def test_the_same_seed_gives_the_same_figures(killed):

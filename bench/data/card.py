@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import string
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -158,25 +159,29 @@ def choose_tasks(card: Card, wanted: str | None) -> tuple[str, ...]:
     return tuple(task for task in card.tasks if task in names)
 
 
-def check_files(card: Card, root: Path | None, names: list[str], tasks: tuple[str, ...]) -> None:
-    """Raise BenchError naming the first file that is not there, before any time is spent."""
+def check_files(card: Card, root: Path | None, names: list[str], tasks: tuple[str, ...]) -> list[int]:
+    """The sizes in bytes of all files in use. Raises BenchError naming the first one that is not there."""
     if card.source != "files":
-        return
+        return []
     folder = require_root(card, root)
     patterns = [card.image, *(card.tasks[task].path for task in tasks)]
-    missing = [p for name in names for pattern in patterns if not (p := folder / pattern.format(id=name)).is_file()]
+    files = [folder / pattern.format(id=name) for name in names for pattern in patterns]
+    missing = [file for file in files if not file.is_file()]
     if missing:
         more = f" and {len(missing) - 1} more files" if len(missing) > 1 else ""
         raise BenchError(f"{card.name}: missing {missing[0]}{more}")
+    return [file.stat().st_size for file in files]
 
 
-def fingerprint(card: Card, train: list[str], val: list[str], tasks: tuple[str, ...]) -> str:
-    """Twelve hex digits of what the card says, the tasks, the ids in use and, for scenes, the renderer's version."""
+def fingerprint(card: Card, train: list[str], val: list[str], tasks: tuple[str, ...], sizes: Sequence[int] = ()) -> str:
+    """Twelve hex digits of what the card says, the tasks, the ids in use, the sizes of their files and, for scenes,
+    the renderer's version. Contents are not read: a file changed without changing its size is not noticed."""
     content = [
         card.model_dump(mode="json", exclude={"title", "licence", "homepage"}),
         train,
         val,
         tasks,
+        list(sizes),
         scenes.VERSION if card.source == "scenes" else None,
     ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

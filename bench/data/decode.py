@@ -80,7 +80,7 @@ def _binary(raw: np.ndarray, card: TaskCard, path: Path) -> np.ndarray:
     ignored = np.isin(raw, card.ignore or ())
     labelled = raw[~ignored]
     top = labelled.max(initial=0)
-    if not np.isfinite(top) or labelled.min(initial=0) < 0 or top > 255:
+    if not np.isfinite(top) or labelled.min(initial=0) < 0 or top > 255 or 1 < top < 128:
         raise BenchError(f"{path}: expected a mask of 0 and 1, or of 0..255")
     if set(np.unique(labelled).tolist()) in ({1, 255}, {0, 1, 255}):
         raise BenchError(f"{path}: a mask of 0, 1 and 255; if 255 means 'no label', the card must say ignore: [255]")

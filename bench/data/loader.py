@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -44,7 +45,7 @@ class DenseDataset(Dataset):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         sample = transforms.to_tensors(self._read(self.names[index]))
         if self.augment is not None:
-            generator = torch.Generator().manual_seed(hash((self.seed, epoch, index)) % 2**63)
+            generator = seeded(self.seed, epoch, index)
             sample = transforms.augment(sample, self.augment, generator)
         return transforms.resize(sample, self.size)
 
@@ -63,6 +64,11 @@ class DenseDataset(Dataset):
                     f"{path}: label is {arrays[task].shape[:2]}, its image {arrays['image'].shape[:2]} (height, width)"
                 )
         return arrays
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A generator whose stream depends on all of the numbers, and differs wherever one of them does."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 
 
 def steps_per_epoch(samples: int, batch_size: int) -> int:
@@ -85,8 +91,7 @@ class ShuffledBatches(Sampler[list[Key]]):
         for step in range(self.start, self.stop):
             epoch, position = divmod(step, per_epoch)
             if epoch != order_of:
-                generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2**63)
-                order, order_of = torch.randperm(self.samples, generator=generator).tolist(), epoch
+                order, order_of = torch.randperm(self.samples, generator=seeded(self.seed, epoch)).tolist(), epoch
             chosen = order[position * self.batch_size : (position + 1) * self.batch_size]
             yield [(epoch, index) for index in chosen]
 

@@ -45,9 +45,10 @@ def measure(
 
 
 def _cuda_memory(trainer: Trainer, batch: Mapping[str, Tensor]) -> Memory:
-    """Two steps: the second one has the optimizer's moments in memory from its start."""
+    """Peaks of two steps after one that has made the optimizer allocate its moments."""
     torch.cuda.synchronize()
-    weights = torch.cuda.memory_allocated()
+    weights = torch.cuda.memory_allocated() - sum(x.numel() * x.element_size() for x in batch.values())
+    _settle(trainer, batch)
     torch.cuda.reset_peak_memory_stats()
     for step in range(2):
         trainer.step(batch, step)
@@ -59,6 +60,15 @@ def _cuda_memory(trainer: Trainer, batch: Mapping[str, Tensor]) -> Memory:
         peak_reserved=torch.cuda.max_memory_reserved(),
         process_peak=resident_peak(),
     )
+
+
+def _settle(trainer: Trainer, batch: Mapping[str, Tensor]) -> None:
+    """Step until the optimizer has stepped: fp16's loss scale starts too high, and its first steps are skipped."""
+    for step in range(30):
+        trainer.step(batch, step)
+        if not trainer.optimizer.step_was_skipped:
+            return
+    raise RuntimeError("no optimizer step was taken in 30 steps: every gradient overflowed in fp16")
 
 
 def _cuda_time(

@@ -17,17 +17,17 @@ PACKAGES = ("torch", "timm", "torchvision", "accelerate", "peft", "torchmetrics"
 CPU = "cpu"
 
 
-def describe(device: str, device_index: int = 0) -> Provenance:
-    """`device` is "cpu" or a GPU slug; everything that can be known before a cell runs."""
+def describe(device: str, device_name: str = "") -> Provenance:
+    """What can be known before a cell runs. `device` is "cpu" or a GPU's slug, `device_name` the GPU's own name."""
     kind = "cpu" if device == CPU else "cuda"
-    name, driver, cuda = (cpu_name(), None, None) if kind == "cpu" else gpu(device_index)
+    driver, cuda = (None, None) if kind == "cpu" else driver_versions()
     commit, dirty = git_state()
     return Provenance(
         device=kind,
-        device_name=name,
+        device_name=device_name or cpu_name(),
         driver=driver,
         cuda=cuda,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=usable_cores(),
         memory_gib=round(total_memory() / 2**30, 1),
         load_before=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         platform=platform.platform(terse=True),
@@ -49,6 +49,11 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def usable_cores() -> int:
+    """Cores that this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cpu_name() -> str:
     """The processor's model name, or the machine type where the system does not tell."""
     info = Path("/proc/cpuinfo")
@@ -64,24 +69,16 @@ def total_memory() -> int:
         return 0
 
 
-def gpu(index: int = 0) -> tuple[str, str | None, str | None]:
-    """(name, driver version, highest CUDA version) of a GPU by NVML; ('unknown GPU', None, None) without NVML."""
+def driver_versions() -> tuple[str | None, str | None]:
+    """(driver, highest CUDA version it serves) by NVML; (None, None) where NVML does not answer."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(physical_index(index))
         version = pynvml.nvmlSystemGetCudaDriverVersion()
-        cuda = f"{version // 1000}.{version % 1000 // 10}"
-        return str(pynvml.nvmlDeviceGetName(handle)), str(pynvml.nvmlSystemGetDriverVersion()), cuda
+        return str(pynvml.nvmlSystemGetDriverVersion()), f"{version // 1000}.{version % 1000 // 10}"
     except pynvml.NVMLError:
-        return "unknown GPU", None, None
-
-
-def physical_index(index: int) -> int:
-    """NVML counts all GPUs; CUDA_VISIBLE_DEVICES may have hidden some from the program."""
-    visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip().isdigit()]
-    return int(visible[index]) if index < len(visible) else index
+        return None, None
 
 
 def slug(name: str) -> str:
@@ -90,13 +87,16 @@ def slug(name: str) -> str:
 
 
 def git_state() -> tuple[str | None, bool | None]:
-    """Commit and dirty flag of the source tree; (None, None) for an installed package."""
+    """Commit of the source tree, and whether it holds code or cards beyond it, a new method's file included.
+
+    (None, None) for an installed package.
+    """
     if not (ROOT / ".git").exists():
         return None, None
     try:
         commit, status = (
             subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True, timeout=10, check=True).stdout
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "bench", "methods", "datasets"])
         )
     except (OSError, subprocess.SubprocessError):
         return None, None

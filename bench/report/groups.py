@@ -80,7 +80,7 @@ def groups(found: Iterable[Found]) -> list[Group]:
     """Split records into those that may be compared, ordered by title."""
     buckets: dict[str, list[Found]] = {}
     for item in found:
-        buckets.setdefault(json.dumps(_setting(item.record.spec), sort_keys=True), []).append(item)
+        buckets.setdefault(json.dumps(item.record.spec.setting(), sort_keys=True), []).append(item)
     made = [
         _group(setting, place, members)
         for setting, items in buckets.items()
@@ -93,13 +93,6 @@ def groups(found: Iterable[Found]) -> list[Group]:
         for group in made
     ]
     return sorted(named, key=lambda group: group.title)
-
-
-def _setting(spec: RunSpec) -> dict[str, Any]:
-    """What the spec says of the comparison. A recipe counts by its content: its names and prose decide nothing."""
-    setting = spec.model_dump(mode="json", exclude={"method", "seed", "recipe_name"})
-    setting["recipe"] = {key: value for key, value in setting["recipe"].items() if key not in ("title", "source")}
-    return setting
 
 
 Place = tuple[str | None, str | None]  # device and weights as found by the run itself; None where it died before

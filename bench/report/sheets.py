@@ -35,7 +35,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table as text. `headers` has one more entry than a line has cells: the method column comes first."""
+    """A table as text; the method column comes first, in headers and lines alike."""
 
     headers: list[str]
     lines: list[Line]
@@ -123,6 +123,8 @@ def efficiency_sheet(group: Group, table: pd.DataFrame, against: str) -> Sheet:
     ]
     if cpu:
         notes.append("CPU memory is the whole process's and CPU time depends on the cores: neither stands for a GPU's.")
+    if any(item.record.method.name == tables.BASELINE for item in group.found):
+        notes.append("Single-task memory and time are of all its models, trained side by side in one process.")
     if tables.MEMORY_PRINTED in table:
         notes.append(
             f"{published.MARK} published memory and time are of the authors' GPU, which the paper does not name; it "

@@ -31,7 +31,7 @@ def balanced_bce(logits: Tensor, label: Tensor, positive_weight: float | None = 
     logits, valid = logits[:, 0], label != IGNORE
     positive, negative = valid & (label > 0.5), valid & (label <= 0.5)
     count = valid.sum().clamp_min(1)
-    weight = negative.sum() / count if positive_weight is None else logits.new_tensor(positive_weight)
+    weight = negative.sum() / count if positive_weight is None else positive_weight
     per_pixel = F.binary_cross_entropy_with_logits(logits, positive.to(logits.dtype), reduction="none")
     return (weight * (per_pixel * positive).sum() + (1 - weight) * (per_pixel * negative).sum()) / count
 

@@ -23,7 +23,8 @@ EDGE_BINS = 100
 class MeanIoU(Metric):
     """Intersection over union from one confusion matrix over the whole set, in percent.
 
-    Averaged over the classes that occur in prediction or truth; a class that occurs in neither has no IoU.
+    Averaged over the classes that occur in the truth, so that every method is averaged over the same ones: on a
+    whole validation set these are all, and the figure is the code family's, which counts an absent class as 0.
     """
 
     def __init__(self, classes: int) -> None:
@@ -37,10 +38,10 @@ class MeanIoU(Metric):
         self.confusion += torch.bincount(pairs, minlength=self.classes**2).view(self.classes, self.classes)
 
     def per_class(self) -> list[float | None]:
-        """IoU in percent by class index, None for a class that never occurs."""
-        hits = self.confusion.diag().double()
-        union = self.confusion.sum(0) + self.confusion.sum(1) - hits
-        return [100 * (h / u).item() if u > 0 else None for h, u in zip(hits, union, strict=True)]
+        """IoU in percent by class index, None for a class that the truth does not hold."""
+        hits, truth = self.confusion.diag().double(), self.confusion.sum(1)
+        union = self.confusion.sum(0) + truth - hits
+        return [100 * (h / u).item() if present > 0 else None for h, u, present in zip(hits, union, truth, strict=True)]
 
     def compute(self) -> dict[str, float]:
         present = [iou for iou in self.per_class() if iou is not None]

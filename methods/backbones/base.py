@@ -29,8 +29,6 @@ class Backbone(nn.Module):
     the backbone, before a method added its own.
     """
 
-    kind: str = ""
-
     def __init__(self, name: str, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.name = name

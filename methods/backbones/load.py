@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import urllib.error
@@ -18,7 +17,7 @@ from methods.backbones.base import Backbone
 from methods.backbones.pyramid import PyramidBackbone
 from methods.backbones.swin import SwinBackbone
 from methods.backbones.timm_import import timm
-from methods.registry import MethodError
+from methods.registry import MethodError, near
 
 SHORT_NAMES = {
     "swin_tiny": "swin_tiny_patch4_window7_224.ms_in1k",
@@ -48,9 +47,7 @@ def full_name(name: str) -> str:
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         known = [*SHORT_NAMES, *timm.list_models()]
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise MethodError(f"unknown backbone {name!r}{hint}; `bench list backbones` shows the short names")
+        raise MethodError(f"unknown backbone {name!r}{near(name, known)}; `bench list backbones` shows the short names")
     tagged = [known for known in timm.list_pretrained(f"{architecture}.*") if known.partition(".")[0] == architecture]
     if tag and name not in tagged:
         raise MethodError(
@@ -72,15 +69,14 @@ def pretrained_reachable(name: str, timeout: float = 5.0) -> bool:
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
         return False
-    if config.hf_hub_id is None:
-        return True  # served from elsewhere; timm will say if it cannot be had
     repository = config.hf_hub_id
-    if isinstance(try_to_load_from_cache(repository, "model.safetensors"), str):
+    if repository and isinstance(try_to_load_from_cache(repository, "model.safetensors"), str):
         return True
     if HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE") == "1":
         return False
-    request = urllib.request.Request(hf_hub_url(repository, "model.safetensors"), method="HEAD")
+    address = hf_hub_url(repository, "model.safetensors") if repository else config.url
     try:
+        request = urllib.request.Request(address, method="HEAD")
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             return answer.status < 400
     except (urllib.error.URLError, OSError, ValueError):

@@ -20,8 +20,6 @@ class PyramidBackbone(Backbone):
     `size` is the image size that the network's layers are probed with.
     """
 
-    kind = "pyramid"
-
     def __init__(
         self, name: str, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], size: tuple[int, int]
     ) -> None:
@@ -61,7 +59,8 @@ class PyramidBackbone(Backbone):
         was_training = self.training
         self.eval()
         maps = self(torch.zeros(1, 3, *size)).maps
-        candidates = [path for path, _ in self.model.named_modules() if path.endswith("downsample")]
+        # Of a stage, not of a block: a residual block's `downsample` is the shortcut of a sum, half a layer.
+        candidates = [p for p, _ in self.model.named_modules() if p.endswith(".downsample") and p.count(".") == 1]
         found = [""]
         for before, after in zip(maps, maps[1:], strict=False):
             fitting = [path for path in candidates if _maps_to(self.model.get_submodule(path), before, after)]

@@ -45,7 +45,7 @@ def attend(block: nn.Module, qkv: Tensor) -> Tensor:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
         return out.transpose(1, 2).reshape(batch, tokens, -1)
     # Windows of one image differ in their mask, images of a batch do not: with (windows, heads) as one axis the
-    # mask broadcasts over the batch and is never materialised for it.
+    # mask broadcasts over the batch instead of being repeated for every image.
     windows, heads = block.attn_mask.shape[0], attention.num_heads
     mask = (bias + block.attn_mask.unsqueeze(1)).reshape(1, windows * heads, tokens, tokens).to(query.dtype)
     folded = (part.reshape(batch // windows, windows * heads, tokens, -1) for part in (query, key, value))
@@ -62,10 +62,15 @@ def out_of_windows(block: nn.Module, windows: Tensor, size: tuple[int, int]) -> 
     return torch.roll(x, shifts=tuple(block.shift_size), dims=(1, 2)) if any(block.shift_size) else x
 
 
+def forward_block(block: nn.Module, x: Tensor) -> Tensor:
+    """The whole block by its verbs, (B, H, W, C) -> (B, H, W, C): every method runs the same attention code."""
+    attended = attend(block, block.attn.qkv(into_windows(block, block.norm1(x))))
+    x = x + out_of_windows(block, block.attn.proj(attended), x.shape[1:3])
+    return x + block.mlp(block.norm2(x))
+
+
 class SwinBackbone(Backbone):
     """A timm SwinTransformer without its final norm and head (Swin-T: 27,517,818 parameters)."""
-
-    kind = "swin"
 
     def __init__(self, name: str, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__(name, mean, std)
@@ -101,7 +106,9 @@ class SwinBackbone(Backbone):
         x = self.embed(image)
         stem, maps = x.permute(0, 3, 1, 2), []
         for stage in self.layers:
-            x = stage(x)
+            x = stage.downsample(x)
+            for block in stage.blocks:
+                x = forward_block(block, x)
             maps.append(x.permute(0, 3, 1, 2))
         return Pyramid(stem, maps)
 

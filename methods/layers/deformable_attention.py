@@ -67,8 +67,9 @@ class DeformableAttention(nn.Module):
         rows = (torch.arange(height, device=query.device) + 0.5) / height
         columns = (torch.arange(width, device=query.device) + 0.5) / width
         centres = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], -1).view(1, height, width, 1, 1, 2)
-        scale = offsets.new_tensor([size[1], size[0]])
-        return centres + offsets / scale, self.weights(query).view(shape).softmax(-1)
+        # Divided by Python numbers: a tensor made from them would make a GPU wait for the copy.
+        relative = torch.stack([offsets[..., 0] / size[1], offsets[..., 1] / size[0]], -1)
+        return centres + relative, self.weights(query).view(shape).softmax(-1)
 
     def sample(self, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
         """Bilinear samples (zero outside) of value (N, H, W, d), weighted and summed -> (N, Hq, Wq, d)."""

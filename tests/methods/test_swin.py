@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -52,7 +54,8 @@ def test_mask_and_shift_follow_the_map(tiny_swin, size):
     seen = []
     for stage in backbone.layers:
         for i, block in enumerate(stage.blocks):
-            block.register_forward_pre_hook(lambda b, args, i=i: seen.append((b, i, args[0].shape[1:3])))
+            hook = functools.partial(lambda b, i, norm, args: seen.append((b, i, args[0].shape[1:3])), block, i)
+            block.norm1.register_forward_pre_hook(hook)
     backbone(torch.rand(1, 3, *size))
     assert len(seen) == 8
     for block, index, sides in seen:
