@@ -91,7 +91,8 @@ def accuracy_sheet(group: Group, table: pd.DataFrame, against: str) -> Sheet:
         arrow = "↑" if metric.higher_is_better else "↓"
         write = two if metric.unit in ("%", "deg") else three
         column, header = tables.headline(task), f"{TASKS[task].title} {metric.title} {metric.unit}{SPACE}{arrow}"
-        better = 1 if metric.higher_is_better else -1
+        # Nothing is marked best where the weights are random: those figures rank nothing.
+        better = 0 if group.random else 1 if metric.higher_is_better else -1
         plus_minus = functools.partial(lambda write, value: f"±{write(value)}", write)
         views.append(View(header, column, write, better, tables.spread(column), plus_minus))
     views += [
