@@ -47,40 +47,40 @@ def one_line_errors(verb: Callable[..., None]) -> Callable[..., None]:
 @one_line_errors
 def run(
     methods: Annotated[
-        str | None, typer.Option(help="Expressions, e.g. 'ours,mtlora[rank=16]', grids 'ours[r=2|4|8]', or 'all'.")
+        str | None, typer.Option(help="Expressions, e.g. 'ours,mtlora\\[rank=16]', grids 'ours\\[r=2|4|8]', or 'all'.")
     ] = None,
     backbone: Annotated[
-        str | None, typer.Option(help="Short or timm names, comma-separated. [default: swin_tiny]")
+        str | None, typer.Option(help="Short or timm names, comma-separated. (default: swin_tiny)")
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="A card's name or a path to a YAML card. [default: scenes]")
+        str | None, typer.Option(help="A card's name or a path to a YAML card. (default: scenes)")
     ] = None,
     data_root: Annotated[Path | None, typer.Option(help="Folder that the card's files lie in.")] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Comma-separated subset of the card's tasks. [default: all]")
+        str | None, typer.Option(help="Comma-separated subset of the card's tasks. (default: all)")
     ] = None,
     protocol: Annotated[
-        str | None, typer.Option(help="published: each paper's own decoder; equal: one for all. [default: published]")
+        str | None, typer.Option(help="published: each paper's own decoder; equal: one for all. (default: published)")
     ] = None,
     decoder: Annotated[str | None, typer.Option(help="segformer or hrnet, in place of the protocol's choice.")] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="A recipe's name or a path to a YAML file. [default: quick]")
+        str | None, typer.Option(help="A recipe's name or a path to a YAML file. (default: quick)")
     ] = None,
     suite: Annotated[
         str | None, typer.Option(help="A named grid of cells; other options override its settings.")
     ] = None,
     image_size: Annotated[
-        str | None, typer.Option(help="448, or HEIGHTxWIDTH. [default: the recipe's, else the card's]")
+        str | None, typer.Option(help="448, or HEIGHTxWIDTH. (default: the recipe's, else the card's)")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="[default: the recipe's]")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="(default: the recipe's)")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Train this many epochs.")] = None,
     steps: Annotated[
         int | None, typer.Option(min=0, help="Train this many steps; 0 measures efficiency alone.")
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, tf32, bf16 or fp16. [default: fp32]")] = None,
-    seeds: Annotated[str | None, typer.Option(help="Comma-separated. [default: 0]")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, tf32, bf16 or fp16. (default: fp32)")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Comma-separated. (default: 0)")] = None,
     weights: Annotated[
-        str | None, typer.Option(help="auto, timm, random or a checkpoint file. [default: auto]")
+        str | None, typer.Option(help="auto, timm, random or a checkpoint file. (default: auto)")
     ] = None,
     limit_train: Annotated[
         int | None, typer.Option(min=1, help="Use this many training images, evenly spaced.")
@@ -90,7 +90,7 @@ def run(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Loader processes. [default: none on a CPU, up to 8 on a GPU]")
+        int | None, typer.Option(min=0, help="Loader processes. (default: none on a CPU, up to 8 on a GPU)")
     ] = None,
     out: Annotated[Path, typer.Option(help="Where records go.")] = Path("runs"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Run finished cells again too.")] = False,
@@ -133,7 +133,7 @@ def report(
     reference: Annotated[
         str | None, typer.Option(help="Delta-m against this method, not the single-task baseline.")
     ] = None,
-    save: Annotated[Path | None, typer.Option(help="Where to write markdown and CSV. [default: FOLDER/report]")] = None,
+    save: Annotated[Path | None, typer.Option(help="Where to write markdown and CSV. (default: FOLDER/report)")] = None,
 ) -> None:
     """Tables 1 and 2 from records, beside the published figures; also as markdown and CSV."""
     from bench.report import render
