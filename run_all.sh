@@ -15,6 +15,7 @@ set_up() {
   [ ! -x .venv/bin/bench ] || return 0
   for candidate in python3 python3.13 python3.12 python3.11; do
     if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "installing into .venv (a few minutes, most of it torch)"
       "$candidate" -m venv .venv
       "$python" -m pip install --quiet --constraint constraints.txt --editable '.[test]'
       return

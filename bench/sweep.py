@@ -73,6 +73,8 @@ def run_all(jobs: Sequence[Job], console: Console, retry: bool = False, fresh: b
             label = f"{escape(job.spec.method)} · {job.spec.backbone.split('.')[0]} · seed {job.spec.seed}"
             result = finished(job, retry, fresh)
             if result is None:
+                if job.checkpoint_path.is_file():
+                    console.print(f"resuming  {label} from its checkpoint")
                 line = progress.add_task(label, total=None, note="starting")
                 result = _run_one(job, progress, line)
                 progress.remove_task(line)

@@ -56,7 +56,7 @@ def load(path: Path, model: type[M]) -> M:
 
 def describe(error: dict, model: type[BaseModel]) -> str:
     """One line for a pydantic error: which key, what was expected, and a near miss for a misspelt key."""
-    where = ".".join(str(part) for part in error["loc"])
+    where = ".".join(str(part) for part in error["loc"] if part != "[key]")  # pydantic's mark for a mapping's key
     if error["type"] == "extra_forbidden":
         known = _fields(model, error["loc"][:-1])
         hint = did_you_mean(str(error["loc"][-1]), known)

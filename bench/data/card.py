@@ -12,12 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from bench import yamlfile
 from bench.data import scenes
 from bench.errors import BenchError, did_you_mean
 from bench.tasks import TASKS
+
+
+def _known_task(name: str) -> str:
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}{did_you_mean(name, TASKS)}; one of: {', '.join(TASKS)}")
+    return name
 
 
 class TaskCard(BaseModel):
@@ -53,15 +59,13 @@ class Card(BaseModel):
     image: str = ""  # pattern below the data root with {id}
     splits: dict[Literal["train", "val"], str | int]  # a list of ids below the root, or a number of scenes
     seed: int = 0  # scenes only
-    tasks: dict[str, TaskCard]
+    tasks: dict[Annotated[str, AfterValidator(_known_task)], TaskCard]
     default_tasks: tuple[str, ...] = ()  # where --tasks is not given; empty = all
 
     @field_validator("tasks")
     @classmethod
-    def _known_tasks(cls, tasks: dict[str, TaskCard]) -> dict[str, TaskCard]:
+    def _labelled(cls, tasks: dict[str, TaskCard]) -> dict[str, TaskCard]:
         for name, task in tasks.items():
-            if name not in TASKS:
-                raise ValueError(f"unknown task {name!r}{did_you_mean(name, TASKS)}; one of: {', '.join(TASKS)}")
             if TASKS[name].channels is None and len(task.classes) < 2:
                 raise ValueError(f"task {name!r} needs a list of at least two 'classes'")
         if not tasks:

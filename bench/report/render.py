@@ -139,6 +139,9 @@ def report(folder: Path, out: Path | None, reference: str | None, console: Conso
         for problem in problems:
             say(console, f"  {problem}")
     files["report.md"] = "\n\n".join(parts) + "\n"
+    for stale in out.glob("table[12]-*.csv"):
+        if stale.name not in files:
+            stale.unlink()  # of records that are no longer there
     for name, text in files.items():
         write_atomically(out / name, text)
     say(console, f"\nwrote report.md and {len(files) - 1} CSV tables to {out}")

@@ -219,7 +219,8 @@ def _why(record: Record) -> str:
     if record.failure is None:
         return status
     message = next(iter(record.failure.message.strip().splitlines()), "")
-    kind = f"{record.failure.kind}: " if record.status == "failed" else ""  # else the status says it already
+    told = record.status != "failed" or record.failure.kind in ("BenchError", "MethodError")
+    kind = "" if told else f"{record.failure.kind}: "  # elsewhere the status or the message says it already
     return textwrap.shorten(f"{status}: {kind}{message}", 120, placeholder=" …").rstrip(": ")
 
 

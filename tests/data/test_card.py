@@ -210,3 +210,13 @@ def test_the_fingerprint_of_scenes_follows_the_renderers_version(monkeypatch):
     before = cards.fingerprint(card, ["1"], ["2"], ("depth",))
     monkeypatch.setattr(cards.scenes, "VERSION", "another")
     assert cards.fingerprint(card, ["1"], ["2"], ("depth",)) != before
+
+
+def test_a_misspelt_task_is_named_with_its_own_line(tmp_path):
+    path = tmp_path / "card.yaml"
+    path.write_text(
+        "name: mine\ntitle: t\nimage_size: [64, 64]\nimage: '{id}.png'\nsplits: {train: a, val: b}\n"
+        "tasks:\n  depth: {path: 'd/{id}.npy'}\n  salency: {path: 's/{id}.png'}\n"
+    )
+    with pytest.raises(BenchError, match=r"card\.yaml:8: tasks\.salency: .*did you mean 'saliency'"):
+        cards.load(str(path))

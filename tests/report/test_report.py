@@ -514,3 +514,13 @@ def test_a_thousand_records_are_quick(tmp_path):
     start = time.monotonic()
     report(tmp_path)
     assert time.monotonic() - start < 10  # half a second when idle; wide enough for a busy machine
+
+
+def test_tables_of_records_that_are_gone_do_not_stay(tmp_path):
+    (tmp_path / "report").mkdir()
+    stale, own = tmp_path / "report" / "table1-old-000000.csv", tmp_path / "report" / "mine.csv"
+    stale.write_text("")
+    own.write_text("")
+    make(tmp_path)
+    render.report(tmp_path, None, None, Console(file=io.StringIO()))
+    assert not stale.exists() and own.exists()
