@@ -16,8 +16,8 @@ Count                  Swin-T 2,362,108 (published 2.36 M), B 4,142,064 (4.13); 
 Our choice, fitted to those counts: 6 heads (or the largest divisor of d below it) of 4 points, adapter bottleneck and
 feed-forward width d/4, router width C/16 with ReLU, a 3x3 half-width head. Also ours, the initialisation: the
 projections to d start with orthonormal rows and the one back to C as the transpose of the general one, so that A_t^i
-starts from F_pre^i projected onto a subspace and not from a scrambled copy (on pretrained features that learns
-markedly faster than Xavier); the adapters' outputs start at zero, each adapter as the identity.
+starts from F_pre^i projected onto a subspace and not from a scrambled copy; the adapters' outputs start at zero, each
+adapter as the identity.
 `direction=g2t` takes A_g2t for the sum of eq. 8; `t2g` runs eq. 6-8 with the projected A_t^{i-1} in A_g2t's place;
 `mote=off` keeps the linears, the fuse and the head and drops the routing.
 
