@@ -15,9 +15,9 @@ Count                  Swin-T 2,362,108 (published 2.36 M), B 4,142,064 (4.13); 
 
 Our choice, fitted to those counts: 6 heads (or the largest divisor of d below it) of 4 points, adapter bottleneck and
 feed-forward width d/4, router width C/16 with ReLU, a 3x3 half-width head. Also ours, the initialisation: the
-projections to d start with orthonormal rows and the one back to C as the transpose of the general one, so that A_t^i
-starts from F_pre^i projected onto a subspace and not from a scrambled copy; the adapters' outputs start at zero, each
-adapter as the identity.
+projection to d of the general features has orthonormal rows and the one back to C is its transpose; with T2G present,
+the projection of A_t^{i-1} and the outputs of attention and feed-forward network are zero, so that A_t^i starts as
+F_pre^i projected onto d dimensions, and as F_pre^i itself with r=1.
 `direction=g2t` takes A_g2t for the sum of eq. 8; `t2g` runs eq. 6-8 with the projected A_t^{i-1} in A_g2t's place;
 `mote=off` keeps the linears, the fuse and the head and drops the routing.
 
@@ -69,9 +69,7 @@ class Adapter(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.down = _linear(dim, max(dim // 4, 4))
-        self.up = nn.Linear(self.down.out_features, dim)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
+        self.up = _linear(self.down.out_features, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(F.gelu(self.down(x))) + x
@@ -92,6 +90,12 @@ class Injection(nn.Module):
         self.norm_ffn = nn.LayerNorm(dim, eps=1e-6)
         self.ffn = ConvFFN(dim, max(dim // 4, 4))
 
+    def start_at_zero(self) -> None:
+        """Let attention and feed-forward network add nothing to the query."""
+        for last in (self.attention.output, self.ffn.reduce):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
     def forward(self, query: Tensor, source: Tensor) -> Tensor:
         """query, source (1 or K, B, H, W, d) -> (K, B, H, W, d); a leading 1 stands for all tasks alike."""
         tasks = len(self.adapters)
@@ -111,12 +115,20 @@ class BDTA(nn.Module):
         self.project_general = _linear(channels, dim)
         self.project_task = _linear(channels, dim)
         self.project_out = _linear(dim, channels)
-        nn.init.orthogonal_(self.project_general.weight)
-        nn.init.orthogonal_(self.project_task.weight)
-        with torch.no_grad():
-            self.project_out.weight.copy_(self.project_general.weight.T)
         self.g2t = Injection(dim, tasks) if options.direction != "t2g" else None
         self.t2g = Injection(dim, tasks) if options.direction != "g2t" else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.orthogonal_(self.project_general.weight)
+        self.project_out.weight.copy_(self.project_general.weight.T)
+        if self.t2g is None:  # the general features come in through G2T's attention alone
+            nn.init.orthogonal_(self.project_task.weight)
+            return
+        nn.init.zeros_(self.project_task.weight)
+        for injection in filter(None, (self.g2t, self.t2g)):
+            injection.start_at_zero()
 
     def forward(self, general: Tensor, task: Tensor) -> Tensor:
         """general (B, H, W, C), task (1 or K, B, H, W, C) -> (K, B, H, W, C)."""

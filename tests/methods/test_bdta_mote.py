@@ -155,11 +155,22 @@ def test_stage_by_its_equations(direction, shared_start):
         torch.testing.assert_close(adapted[k], bdta.project_out(mixed), rtol=1e-4, atol=1e-4)
 
 
-def test_adapters_start_as_the_identity():
-    bdta = BDTA(12, ("semseg", "depth"), Options(r=2))
-    x = torch.randn(2, 3, 3, 6)
-    for injected in (bdta.g2t, bdta.t2g):
-        assert all(torch.equal(adapter(x), x) for adapter in injected.adapters.values())
+@torch.no_grad()
+@pytest.mark.parametrize("direction", ["both", "t2g"])
+@pytest.mark.parametrize("r", [1, 4])
+def test_starts_from_the_projected_general_features(r, direction):
+    """An orthonormal projection loses nothing at r=1, and leaves a share of 1/r of an isotropic signal at r=4."""
+    torch.manual_seed(0)
+    bdta = BDTA(64, ["a", "b"], Options(r=r, direction=direction))
+    general, task = torch.randn(2, 8, 8, 64), torch.randn(1, 2, 8, 8, 64)
+    out = bdta(general, task)
+    projector = bdta.project_general.weight.T @ bdta.project_general.weight
+    torch.testing.assert_close(projector @ projector, projector)
+    torch.testing.assert_close(out, (general @ projector).expand(2, -1, -1, -1, -1))
+    if r == 1:
+        torch.testing.assert_close(out[0], general, rtol=1e-5, atol=1e-5)
+    else:
+        assert out[0].var() / general.var() == pytest.approx(1 / r, rel=0.1)
 
 
 def test_a_direction_left_out_has_no_parameters(build):
