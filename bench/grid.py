@@ -24,7 +24,7 @@ from bench.measure import provenance
 from bench.spec import Job, Precision, Protocol, RunSpec
 
 Positive = Annotated[int, Field(gt=0)]
-DECODERS = ("segformer", "hrnet")
+DECODERS = ("segformer", "hrnet", "highres")
 
 
 class Settings(BaseModel):

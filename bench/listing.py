@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 
 from rich.markup import escape
 from rich.table import Table
@@ -39,19 +40,27 @@ def _with_source(title: str, source: str) -> str:
 
 
 def _methods() -> Table:
-    from methods.registry import all_methods
+    from methods.registry import all_methods, all_prefixes
 
     out = _table("methods", "name", "title", "family", "options and their defaults")
     for method in all_methods().values():
-        defaults = method.options()
-        options = ", ".join(
-            f"{field.name}={'on' if value is True else 'off' if value is False else value}"
-            for field in dataclasses.fields(defaults)
-            for value in [getattr(defaults, field.name)]
-        )
         names = "\n= ".join((method.name, *method.aliases))
-        out.add_row(names, _with_source(method.title, method.citation), method.family, escape(options))
+        out.add_row(names, _with_source(method.title, method.citation), method.family, _options(method.options))
+    for prefix in all_prefixes().values():
+        source = _with_source(prefix.title, prefix.citation)
+        out.add_row(f"{prefix.prefix}:NAME", source, "single-task PEFT", _options(prefix.options))
     return out
+
+
+def _options(kind: type) -> str:
+    """Each option with its default, and the other choices where there are few."""
+    hints = typing.get_type_hints(kind)
+    shown = []
+    for field in dataclasses.fields(kind):
+        value = "on" if field.default is True else "off" if field.default is False else field.default
+        others = [c for c in typing.get_args(hints[field.name]) if c != value]
+        shown.append(f"{field.name}={value}" + (f" (or {', '.join(others)})" if others else ""))
+    return escape(", ".join(shown))
 
 
 def _backbones() -> Table:

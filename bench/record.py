@@ -84,6 +84,7 @@ class Parameters(Part):
     decoder: int
     shared: int
     per_task: int
+    passes: int | None = None  # of the backbone, for one image
 
 
 class Memory(Part):
@@ -127,6 +128,7 @@ class Record(Part):
     metrics: dict[str, dict[str, float | None]] = {}  # task -> metric key -> value; None where nothing was valid
     per_class: dict[str, dict[str, float | None]] = {}  # task -> class name -> IoU in percent; None where absent
     floor: dict[str, dict[str, float | None]] = {}  # the same metrics of the best constant prediction
+    preparation: dict[str, Any] = {}  # what the method found out from training data before it trained
     loader_wait: float | None = None  # seconds the training loop waited for data, in all
     history: list[dict[str, float]] = []  # step, loss, lr, loss of each task
 

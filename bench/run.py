@@ -51,7 +51,7 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     from bench.data.loader import DenseDataset, steps_per_epoch, validation_batches
     from bench.measure.profile import measure, synthetic_batch
     from bench.train.floor import fit_constants, score_constants
-    from bench.train.loop import Trainer, evaluate, train
+    from bench.train.loop import Trainer, evaluate, losses_by_batch, train
     from methods.backbones.load import WeightSource, load_backbone
     from methods.model import MultiTaskModel, Setting
 
@@ -95,6 +95,7 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     )
     trainer = Trainer(model, recipe, spec.batch_size, recipe.measure.warmup + recipe.measure.steps, accelerator)
     batch = synthetic_batch(channels, spec.image_size, spec.batch_size, accelerator.device)
+    record.parameters.passes = model.passes(batch["image"][:1])
     record.memory, record.time = measure(
         trainer, batch, recipe.measure, lambda step, total: emit("step", step=step, total=total)
     )
@@ -110,6 +111,10 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     total_steps = spec.steps or spec.epochs * steps_per_epoch(len(train_set), spec.batch_size)
     emit("phase", name="train")
     trainer = Trainer(build(), recipe, spec.batch_size, total_steps, accelerator)
+    if trainer.plain_model.prepare is not None:
+        batches = losses_by_batch(trainer, train_set, spec.batch_size)
+        record.preparation = trainer.plain_model.prepare(batches)
+        batches.close()
     torch.manual_seed(spec.seed)
     progress = train(
         trainer,

@@ -140,4 +140,9 @@ def hrnet(tasks: Mapping[str, int], channels: Sequence[int], widths: Sequence[in
     )
 
 
-DECODERS: dict[str, Callable[[Mapping[str, int], Sequence[int]], Decoder]] = {"segformer": segformer, "hrnet": hrnet}
+# `highres` is the high-resolution decoder of the VMT-Adapter paper: the same head, always on the four stage outputs.
+DECODERS: dict[str, Callable[[Mapping[str, int], Sequence[int]], Decoder]] = {
+    "segformer": segformer,
+    "hrnet": hrnet,
+    "highres": hrnet,
+}

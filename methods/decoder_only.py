@@ -8,30 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor
-
 from methods.backbones.base import Backbone
-from methods.decoder import DECODERS
-from methods.model import Features, MultiTaskModel, Setting
-from methods.multi_task_full import SharedEncoder
+from methods.layers.encoders import FrozenEncoder, with_decoder
+from methods.model import MultiTaskModel, Setting
 from methods.registry import Method, NoOptions, register
 
 
-class FrozenEncoder(SharedEncoder):
-    """One pass of the frozen backbone for all tasks."""
-
-    def __init__(self, backbone: Backbone, tasks: Mapping[str, int]) -> None:
-        super().__init__(backbone.freeze(), tasks)
-
-    @torch.no_grad()
-    def forward(self, image: Tensor) -> Features:
-        return super().forward(image)
-
-
 def build(backbone: Backbone, tasks: Mapping[str, int], options: NoOptions, setting: Setting) -> MultiTaskModel:
-    decoder = DECODERS[setting.decoder_name("segformer")](tasks, backbone.channels)
-    return MultiTaskModel(FrozenEncoder(backbone, tasks), decoder, tasks)
+    return with_decoder(FrozenEncoder(backbone, tasks), backbone, tasks, setting)
 
 
 register(
@@ -41,6 +25,7 @@ register(
         family="fine-tuning",
         citation="",
         build=build,
+        starts_pretrained=True,
         rows=lambda options: "Decoder-only fine-tuning",
     )
 )

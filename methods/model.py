@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.backbones.base import Backbone
+
+Prepare = Callable[[Iterable[Mapping[str, Tensor]]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Setting:
     """
 
     protocol: Literal["published", "equal"] = "published"
-    decoder: Literal["segformer", "hrnet"] | None = None
+    decoder: Literal["segformer", "hrnet", "highres"] | None = None
 
     @property
     def equal(self) -> bool:
@@ -70,17 +73,25 @@ class MultiTaskModel(nn.Module):
 
     A module that belongs to one task has the task's name as a component of its path (an nn.ModuleDict or
     nn.ParameterDict keyed by task): the ledger reads that off. `independent` says that no parameter is shared
-    between tasks, so that each task is a training run of its own (its gradients are clipped apart).
+    between tasks, so that each task is a training run of its own (its gradients are clipped apart). `prepare` is for
+    a method that looks at training data before it trains: it gets the losses by task of one batch after the other,
+    with their graph, and returns what the record should keep, as JSON holds it.
     """
 
     def __init__(
-        self, encoder: nn.Module, decoder: nn.Module, tasks: Mapping[str, int], independent: bool = False
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        tasks: Mapping[str, int],
+        independent: bool = False,
+        prepare: Prepare | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
         self.tasks = dict(tasks)
         self.independent = independent
+        self.prepare = prepare
 
     def forward(self, image: Tensor, upsample: bool = True) -> dict[str, Tensor]:
         """`upsample=False` gives the logits at the decoder's own resolution, for losses taken task by task."""
@@ -92,7 +103,7 @@ class MultiTaskModel(nn.Module):
     def ledger(self) -> Ledger:
         """Count every distinct parameter once."""
         counts = dict.fromkeys(("adaptation", "backbone", "decoder", "shared", "per_task"), 0)
-        pretrained = self._pretrained()
+        pretrained, owners = self._pretrained(), self.owners()
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -100,36 +111,50 @@ class MultiTaskModel(nn.Module):
             in_decoder = name.startswith("decoder.") and not name.startswith("decoder.mixer.")
             role = "decoder" if in_decoder else "backbone" if name in pretrained else "adaptation"
             counts[role] += parameter.numel()
-            counts["shared" if self.owner(name) is None else "per_task"] += parameter.numel()
+            counts["shared" if owners[name] is None else "per_task"] += parameter.numel()
         return Ledger(total=sum(p.numel() for p in self.parameters()), **counts)
 
-    def owner(self, name: str) -> str | None:
-        """The task that a parameter belongs to, or None if tasks share it."""
-        return next((part for part in name.split(".") if part in self.tasks), None)
+    @torch.no_grad()
+    def passes(self, image: Tensor) -> int:
+        """How often an image goes through a backbone to give all tasks' outputs; image (1, 3, H, W)."""
+        was_training = self.training
+        backbones = [module for module in self.modules() if isinstance(module, Backbone)]
+        before = sum(backbone.images_seen for backbone in backbones)
+        self.eval()(image, upsample=False)
+        self.train(was_training)
+        return sum(backbone.images_seen for backbone in backbones) - before
+
+    def owners(self) -> dict[str, str | None]:
+        """The task that a parameter belongs to, or None if tasks share it: all paths to it must name that task."""
+        found: dict[nn.Parameter, set[str | None]] = {}
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            task = next((part for part in name.split(".") if part in self.tasks), None)
+            found.setdefault(parameter, set()).add(task)
+        return {
+            name: next(iter(found[parameter])) if len(found[parameter]) == 1 else None
+            for name, parameter in self.named_parameters()
+        }
 
     def clip_groups(self) -> list[list[nn.Parameter]]:
         """Trainable parameters whose gradients are clipped together."""
         groups: dict[str | None, list[nn.Parameter]] = {}
+        owners = self.owners()
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                groups.setdefault(self.owner(name) if self.independent else None, []).append(parameter)
+                groups.setdefault(owners[name] if self.independent else None, []).append(parameter)
         return list(groups.values())
 
     def trained_state(self) -> dict[str, Tensor]:
-        """What training changes: trainable parameters, and running statistics outside frozen norms."""
+        """What training changes: trainable parameters once each, and running statistics outside frozen norms."""
         trainable = {name for name, p in self.named_parameters() if p.requires_grad}
-        frozen_parameters = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        left_out = {name for name, _ in self.named_parameters(remove_duplicate=False)} - trainable
         frozen_buffers = {
             f"{path}.{name}"
             for path, module in self.named_modules(remove_duplicate=False)
             if (parameters := list(module.parameters(recurse=False))) and not any(p.requires_grad for p in parameters)
             for name, _ in module.named_buffers(recurse=False)
         }
-        return {
-            name: tensor
-            for name, tensor in self.state_dict().items()
-            if name in trainable or name not in frozen_parameters | frozen_buffers
-        }
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in left_out | frozen_buffers}
 
     def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `trained_state`. Raises ValueError for the state of another model."""

@@ -8,25 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
-
 from methods.backbones.base import Backbone
 from methods.decoder import DECODERS, segformer
-from methods.model import Features, MultiTaskModel, Setting
+from methods.layers.encoders import SharedEncoder
+from methods.model import MultiTaskModel, Setting
 from methods.registry import Method, NoOptions, register
-
-
-class SharedEncoder(nn.Module):
-    """The same four maps for every task."""
-
-    def __init__(self, backbone: Backbone, tasks: Mapping[str, int]) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.tasks = tuple(tasks)
-
-    def forward(self, image: Tensor) -> Features:
-        maps = self.backbone(image).maps
-        return Features(dict.fromkeys(self.tasks, maps), maps)
 
 
 def build(backbone: Backbone, tasks: Mapping[str, int], options: NoOptions, setting: Setting) -> MultiTaskModel:
@@ -44,6 +30,8 @@ register(
         family="fine-tuning",
         citation="",
         build=build,
+        starts_pretrained=True,
+        trains_backbone=True,
         rows=lambda options: "Multi-task full fine-tuning",
     )
 )

@@ -14,7 +14,7 @@ import pkgutil
 import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import methods
@@ -42,6 +42,9 @@ class Method:
     options    frozen dataclass whose defaults are the published ones
     build      (backbone, tasks, options, setting) -> MultiTaskModel
     rows       which row of the papers' tables a set of options stands for: (options) -> row name or None
+    trains_backbone   what it adapts is the backbone's own parameters, under `equal` too
+    starts_pretrained   before training every task's features are the frozen backbone's own (under `equal`)
+    unreached  trainable parameters that no gradient reaches, as the published code counts them: pattern of names -> why
     """
 
     name: str
@@ -52,6 +55,9 @@ class Method:
     options: type = NoOptions
     aliases: tuple[str, ...] = ()
     rows: Callable[[Any], str | None] = lambda options: None
+    trains_backbone: bool = False
+    starts_pretrained: bool = False
+    unreached: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,13 @@ class Configured:
         return self.method.build(backbone, tasks, self.options, setting)
 
 
+def at_least_one(**values: int) -> None:
+    """For the checks of options. Raises ValueError for a value below 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+
+
 _METHODS: dict[str, Method] = {}
 
 
@@ -103,6 +116,30 @@ def register(method: Method) -> Method:
     return method
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """Methods `PREFIX:NAME` that are made when they are asked for."""
+
+    prefix: str
+    title: str
+    citation: str
+    options: type
+    make: Callable[[str], Method]  # NAME -> method; raises MethodError for an unknown one
+
+
+_PREFIXES: dict[str, Prefix] = {}
+
+
+def register_prefix(prefix: Prefix) -> Prefix:
+    _PREFIXES[prefix.prefix] = prefix
+    return prefix
+
+
+def all_prefixes() -> dict[str, Prefix]:
+    all_methods()
+    return dict(sorted(_PREFIXES.items()))
+
+
 def all_methods() -> dict[str, Method]:
     """Every registered method by name, after importing each file of this folder once."""
     for module in pkgutil.iter_modules(methods.__path__):
@@ -114,6 +151,9 @@ def all_methods() -> dict[str, Method]:
 def get(name: str) -> Method:
     """A method by name or alias. Raises MethodError with a near miss."""
     known = all_methods()
+    prefix, colon, rest = name.partition(":")
+    if colon and prefix in _PREFIXES:
+        return _PREFIXES[prefix].make(rest)
     by_any_name = {alias: method for method in known.values() for alias in (method.name, *method.aliases)}
     if name not in by_any_name:
         raise MethodError(f"unknown method {name!r}{near(name, by_any_name)}; `bench list methods` shows all")
@@ -121,7 +161,8 @@ def get(name: str) -> Method:
 
 
 def parse(text: str) -> list[Configured]:
-    """Expand a comma-separated list of expressions and grids, e.g. `ours[r=2|4],mtlora`; `all` is every method.
+    """Expand a comma-separated list of expressions and grids, e.g. `ours[r=2|4],mtlora`; `all` is every method
+    that has a name of its own, so none of a prefix.
 
     Raises MethodError for bad syntax, an unknown method, option or value.
     """

@@ -9,28 +9,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 
-from torch import Tensor, nn
-
 from methods.backbones.base import Backbone
-from methods.decoder import DECODERS
-from methods.model import Features, MultiTaskModel, Setting
+from methods.layers.encoders import PerTaskEncoder, with_decoder
+from methods.model import MultiTaskModel, Setting
 from methods.registry import Method, NoOptions, register
 
 
-class SingleTaskEncoder(nn.Module):
-    """A backbone a task, each its own copy."""
-
-    def __init__(self, backbone: Backbone, tasks: Mapping[str, int]) -> None:
-        super().__init__()
-        self.backbones = nn.ModuleDict({task: copy.deepcopy(backbone) for task in tasks})
-
-    def forward(self, image: Tensor) -> Features:
-        return Features({task: backbone(image).maps for task, backbone in self.backbones.items()})
-
-
 def build(backbone: Backbone, tasks: Mapping[str, int], options: NoOptions, setting: Setting) -> MultiTaskModel:
-    decoder = DECODERS[setting.decoder_name("segformer")](tasks, backbone.channels)
-    return MultiTaskModel(SingleTaskEncoder(backbone, tasks), decoder, tasks, independent=True)
+    encoder = PerTaskEncoder({task: copy.deepcopy(backbone) for task in tasks})
+    return with_decoder(encoder, backbone, tasks, setting, independent=True)
 
 
 register(
@@ -40,6 +27,8 @@ register(
         family="fine-tuning",
         citation="reference of equation 13",
         build=build,
+        starts_pretrained=True,
+        trains_backbone=True,
         rows=lambda options: "Single-task full fine-tuning",
     )
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def _sections(record: Record) -> dict[str, dict[str, Any]]:
             metrics[f"{TASKS[task].title if task in TASKS else task} {key}"] = (
                 MISSING if value is None else f"{value:.4g}{unit}"
             )
+    parameters = record.parameters.model_dump(exclude_none=True) if record.parameters else {}
     time = record.time
     seconds = pd.Series(time.samples if time else [], dtype=float)
     return {
@@ -67,7 +69,7 @@ def _sections(record: Record) -> dict[str, dict[str, Any]]:
         "Cell": _flat(record.spec.model_dump(exclude={"recipe"})),
         "Recipe": _flat(record.spec.recipe.model_dump()),
         "Run on": _flat(record.provenance.model_dump()) if record.provenance else {},
-        "Parameters": {k: f"{v:,}" for k, v in record.parameters.model_dump().items()} if record.parameters else {},
+        "Parameters": {k: f"{v:,}" for k, v in parameters.items()},
         "Memory, GiB": {
             key: value if isinstance(value, str) else f"{value / GIB:.3f}"
             for key, value in (record.memory.model_dump() if record.memory else {}).items()
@@ -77,6 +79,10 @@ def _sections(record: Record) -> dict[str, dict[str, Any]]:
             "device": time.device, "median": f"{seconds.median():.4f}", "p90": f"{seconds.quantile(0.9):.4f}",
             "steps": f"{len(seconds)} after {time.warmup} of warm-up", "batch size": time.batch_size,
         } if time else {},
+        "Found before training": {
+            key: json.dumps(value) if isinstance(value, (list, dict)) else value
+            for key, value in record.preparation.items()
+        },
         "Metrics": metrics,
     }  # fmt: skip
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -108,6 +109,19 @@ class Trainer:
 
     def total_loss(self, losses: Mapping[str, Tensor]) -> float:
         return sum(self.recipe.loss_weights[task] * loss.item() for task, loss in losses.items())
+
+
+def losses_by_batch(trainer: Trainer, dataset: DenseDataset, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """Unweighted losses with their graph, one training batch after the other without end; in evaluation mode, so that
+    nothing changes."""
+    trainer.model.eval()
+    try:
+        for batch in training_batches(dataset, batch_size, 0, sys.maxsize, workers=0, pin=False):
+            batch = to_device(batch, trainer.accelerator.device)
+            outputs = trainer.model(batch["image"])
+            yield {task: LOSSES[task](out, batch[task]) for task, out in outputs.items()}
+    finally:
+        trainer.model.train()
 
 
 @dataclass

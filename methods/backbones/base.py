@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,10 +36,13 @@ class Backbone(nn.Module):
         self.strides: tuple[int, ...] = ()
         self.stem_channels = 0  # of `Pyramid.stem`, or of the first map where there is no stem
         self.pretrained_names: frozenset[str] = frozenset()
+        self.images_seen = 0
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def normalise(self, image: Tensor) -> Tensor:
+        """The first thing that happens to an image; every pass is counted here."""
+        self.images_seen += len(image)
         return (image - self.mean) / self.std
 
     def forward(self, image: Tensor) -> Pyramid:
@@ -58,11 +61,78 @@ class Backbone(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> Backbone:
-        """Like nn.Module.train, but frozen batch norms keep to their running statistics."""
+        """Like nn.Module.train, but batch norms that are not trained as a whole keep to their running statistics."""
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not all(
                 parameter.requires_grad for parameter in module.parameters()
             ):
                 module.eval()
         return self
+
+
+Change = Callable[[Tensor], Tensor]  # of a sub-layer's output (..., C), before it is added to the residual stream
+
+
+class TransformerBackbone(Backbone):
+    """Four stages of blocks `x + attn(norm1(x))`, `x + mlp(norm2(x))`, as verbs that a method can put itself between.
+
+    The tokens x have whatever shape the architecture works in, always (B, ..., C). A method that changes what a
+    sub-layer gives passes a function on (..., C) as `change`; one that needs more calls the verbs itself:
+
+        x = backbone.embed(image)
+        for stage, blocks in enumerate(backbone.stages):
+            x = backbone.enter(stage, x)
+            for block in blocks:
+                x = backbone.feed_forward(block, backbone.attention(block, x))
+            maps.append(backbone.output(stage, x))
+    """
+
+    stages: Sequence[Sequence[nn.Module]]
+
+    def embed(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> tokens."""
+        raise NotImplementedError
+
+    def stem(self, x: Tensor) -> Tensor:
+        """Embedded tokens -> the stem map (B, C_0, H/s, W/s)."""
+        raise NotImplementedError
+
+    def enter(self, stage: int, x: Tensor) -> Tensor:
+        """Tokens of the stage before -> tokens that the blocks of `stage` take."""
+        raise NotImplementedError
+
+    def attention(self, block: nn.Module, x: Tensor, change: Change | None = None) -> Tensor:
+        """x + change(attn(norm1(x)))."""
+        raise NotImplementedError
+
+    def feed_forward(self, block: nn.Module, x: Tensor, change: Change | None = None) -> Tensor:
+        """x + change(mlp(norm2(x)))."""
+        raise NotImplementedError
+
+    def output(self, stage: int, x: Tensor) -> Tensor:
+        """Tokens after the last block of `stage` -> the stage's map (B, C_i, H_i, W_i)."""
+        raise NotImplementedError
+
+    def widths(self) -> list[int]:
+        """The channels of every block, in order."""
+        return [channels for channels, blocks in zip(self.channels, self.stages, strict=True) for _ in blocks]
+
+    def forward(
+        self, image: Tensor, attention: Sequence[Change] | None = None, feed_forward: Sequence[Change] | None = None
+    ) -> Pyramid:
+        """`attention` and `feed_forward` hold one change a block, in order."""
+        x = self.embed(image)
+        stem, maps, index = self.stem(x), [], 0
+        for stage, blocks in enumerate(self.stages):
+            x = self.enter(stage, x)
+            for block in blocks:
+                x = self.attention(block, x, attention[index] if attention else None)
+                x = self.feed_forward(block, x, feed_forward[index] if feed_forward else None)
+                index += 1
+            maps.append(self.output(stage, x))
+        return Pyramid(stem, maps)
+
+
+def changed(out: Tensor, change: Change | None) -> Tensor:
+    return out if change is None else change(out)

@@ -8,15 +8,17 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from methods.backbones.base import Backbone
+from methods.backbones.pvt import PVTBackbone
 from methods.backbones.pyramid import PyramidBackbone
 from methods.backbones.swin import SwinBackbone
 from methods.backbones.timm_import import timm
+from methods.backbones.vit import ViTBackbone
 from methods.registry import MethodError, near
 
 SHORT_NAMES = {
@@ -26,6 +28,10 @@ SHORT_NAMES = {
     "swin_tiny_22k": "swin_tiny_patch4_window7_224.ms_in22k",
     "swin_small_22k": "swin_small_patch4_window7_224.ms_in22k",
     "swin_base_22k": "swin_base_patch4_window7_224.ms_in22k",
+    "dinov2_small": "vit_small_patch14_dinov2.lvd142m",
+    "dinov2_base": "vit_base_patch14_dinov2.lvd142m",
+    "pvt_v2_b0": "pvt_v2_b0.in1k",
+    "pvt_v2_b2": "pvt_v2_b2.in1k",
 }
 
 
@@ -108,19 +114,21 @@ def load_backbone(name: str, image_size: tuple[int, int], weights: WeightSource)
     Stochastic depth is off: a method that wants it brings its own.
     Raises MethodError for a size that the network cannot take and for weights of another model.
     """
-    _check_size(name, image_size)
     config = timm.get_pretrained_cfg(name)
     mean, std = (config.mean, config.std) if config is not None else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     pretrained = weights.source == "timm"
-    if name.startswith("swin_") and not name.startswith("swin_s3"):
+    family = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
+    if family == "vision_transformer":
+        model = _create(name, weights, pretrained, dynamic_img_size=True)
+        return ViTBackbone(name, model, mean, std, image_size)
+    _check_size(name, image_size)
+    if family == "swin_transformer":
         # Whole 7x7 windows at every size: else timm shrinks the windows of small maps, and with them the bias
         # tables, so that the parameter count would depend on the image size.
-        model = timm.create_model(
-            name, pretrained=pretrained, num_classes=0, img_size=image_size, always_partition=True, drop_path_rate=0.0
-        )
-        if weights.path:
-            _load_file(model, weights.path, name)
-        return SwinBackbone(name, model, mean, std)
+        size = {"img_size": image_size, "always_partition": True, "drop_path_rate": 0.0}
+        return SwinBackbone(name, _create(name, weights, pretrained, **size), mean, std)
+    if family == "pvt_v2":
+        return PVTBackbone(name, _create(name, weights, pretrained), mean, std)
     try:
         model = timm.create_model(name, pretrained=pretrained, features_only=True)
     except (RuntimeError, AttributeError, AssertionError, TypeError) as error:
@@ -135,6 +143,13 @@ def load_backbone(name: str, image_size: tuple[int, int], weights: WeightSource)
         raise MethodError(
             f"backbone {name} cannot take images of {image_size[0]}x{image_size[1]}: {_first_line(error)}"
         ) from error
+
+
+def _create(name: str, weights: WeightSource, pretrained: bool, **options: Any) -> nn.Module:
+    model = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    if weights.path:
+        _load_file(model, weights.path, name)
+    return model
 
 
 def _check_size(name: str, size: tuple[int, int]) -> None:

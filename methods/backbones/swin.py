@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.backbones.base import Backbone, Pyramid
+from methods.backbones.base import Change, TransformerBackbone, changed
 from methods.backbones.timm_import import timm
 
 _WINDOWS = timm.models.swin_transformer
@@ -32,25 +32,38 @@ def into_windows(block: nn.Module, x: Tensor) -> Tensor:
     return _WINDOWS.window_partition(x, block.window_size).view(-1, block.window_area, channels)
 
 
-def attend(block: nn.Module, qkv: Tensor) -> Tensor:
+def attend(block: nn.Module, qkv: Tensor, prompts: int = 0) -> Tensor:
     """Window attention with relative position bias and shift mask; no output projection.
 
-    qkv (B * windows, N, 3 * C), as the block's merged linear gives it -> (B * windows, N, C).
+    qkv (B * windows, N, 3 * C), as the block's merged linear gives it -> (B * windows, N, C). The first `prompts`
+    tokens of a window have no position: they attend and are attended to without bias and mask.
     """
     attention = block.attn
     batch, tokens, _ = qkv.shape
-    query, key, value = qkv.view(batch, tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-    bias = attention._get_rel_pos_bias()  # (1, heads, N, N)
+    query, key, value = split_heads(block, qkv)
+    bias = F.pad(attention._get_rel_pos_bias(), (prompts, 0, prompts, 0))  # (1, heads, N, N)
     if block.attn_mask is None:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
         return out.transpose(1, 2).reshape(batch, tokens, -1)
     # Windows of one image differ in their mask, images of a batch do not: with (windows, heads) as one axis the
     # mask broadcasts over the batch instead of being repeated for every image.
     windows, heads = block.attn_mask.shape[0], attention.num_heads
-    mask = (bias + block.attn_mask.unsqueeze(1)).reshape(1, windows * heads, tokens, tokens).to(query.dtype)
+    mask = bias + F.pad(block.attn_mask, (prompts, 0, prompts, 0)).unsqueeze(1)
+    mask = mask.reshape(1, windows * heads, tokens, tokens).to(query.dtype)
     folded = (part.reshape(batch // windows, windows * heads, tokens, -1) for part in (query, key, value))
     out = F.scaled_dot_product_attention(*folded, attn_mask=mask)
     return out.reshape(batch, heads, tokens, -1).transpose(1, 2).reshape(batch, tokens, -1)
+
+
+def with_prompts(windows: Tensor, prompts: Tensor) -> Tensor:
+    """windows (B * windows, N, C), prompts (B, P, C) -> (B * windows, P + N, C), every image with its own prompts."""
+    copies = prompts.repeat_interleave(windows.shape[0] // prompts.shape[0], 0)
+    return torch.cat([copies, windows], 1)
+
+
+def split_heads(block: nn.Module, qkv: Tensor) -> Tensor:
+    """(B * windows, N, 3 * C) -> query, key and value (3, B * windows, heads, N, C / heads)."""
+    return qkv.view(*qkv.shape[:2], 3, block.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
 
 
 def out_of_windows(block: nn.Module, windows: Tensor, size: tuple[int, int]) -> Tensor:
@@ -62,14 +75,14 @@ def out_of_windows(block: nn.Module, windows: Tensor, size: tuple[int, int]) -> 
     return torch.roll(x, shifts=tuple(block.shift_size), dims=(1, 2)) if any(block.shift_size) else x
 
 
-def forward_block(block: nn.Module, x: Tensor) -> Tensor:
-    """The whole block by its verbs, (B, H, W, C) -> (B, H, W, C): every method runs the same attention code."""
-    attended = attend(block, block.attn.qkv(into_windows(block, block.norm1(x))))
-    x = x + out_of_windows(block, block.attn.proj(attended), x.shape[1:3])
-    return x + block.mlp(block.norm2(x))
+def neighbours(merging: nn.Module, x: Tensor) -> Tensor:
+    """Patch merging up to its linear: (B, H, W, C) -> (B, H/2, W/2, 4C), normed; odd sides are padded."""
+    x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+    x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, H/2, 2, W/2, 2, C)
+    return merging.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3))
 
 
-class SwinBackbone(Backbone):
+class SwinBackbone(TransformerBackbone):
     """A timm SwinTransformer without its final norm and head (Swin-T: 27,517,818 parameters)."""
 
     def __init__(self, name: str, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
@@ -95,22 +108,30 @@ class SwinBackbone(Backbone):
                 block.register_buffer("attn_mask", block.get_attn_mask(), persistent=False)
         self.pretrained_names = frozenset(name for name, _ in self.named_parameters())
 
-    def blocks(self) -> list[nn.Module]:
-        return [block for stage in self.layers for block in stage.blocks]
+    @property
+    def stages(self) -> list[nn.ModuleList]:
+        return [stage.blocks for stage in self.layers]
 
     def embed(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, H/4, W/4, C): patch embedding and its norm."""
         return self.patch_embed(self.normalise(image))
 
-    def forward(self, image: Tensor) -> Pyramid:
-        x = self.embed(image)
-        stem, maps = x.permute(0, 3, 1, 2), []
-        for stage in self.layers:
-            x = stage.downsample(x)
-            for block in stage.blocks:
-                x = forward_block(block, x)
-            maps.append(x.permute(0, 3, 1, 2))
-        return Pyramid(stem, maps)
+    def stem(self, x: Tensor) -> Tensor:
+        return x.permute(0, 3, 1, 2)
+
+    def enter(self, stage: int, x: Tensor) -> Tensor:
+        """Patch merging, (B, H, W, C) -> (B, H/2, W/2, 2C)."""
+        return self.layers[stage].downsample(x)
+
+    def attention(self, block: nn.Module, x: Tensor, change: Change | None = None) -> Tensor:
+        windows = attend(block, block.attn.qkv(into_windows(block, block.norm1(x))))
+        return x + changed(out_of_windows(block, block.attn.proj(windows), x.shape[1:3]), change)
+
+    def feed_forward(self, block: nn.Module, x: Tensor, change: Change | None = None) -> Tensor:
+        return x + changed(block.mlp(block.norm2(x)), change)
+
+    def output(self, stage: int, x: Tensor) -> Tensor:
+        return x.permute(0, 3, 1, 2)
 
     def downsampling(self, stage: int) -> Callable[[Tensor], Tensor] | None:
         if stage == 0:

@@ -212,7 +212,7 @@ def test_pyramids_tell_the_truth_about_their_maps(name):
         assert layer is None or layer(maps[stage - 1]).shape == maps[stage].shape
 
 
-@pytest.mark.parametrize("name", ["test_vit", "crossvit_9_240"])
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "crossvit_9_240"])
 def test_what_gives_no_pyramid_is_refused_in_one_line(name):
     name = full_name(name)
     with pytest.raises(MethodError, match=rf"backbone {name} (cannot|gives maps at strides)") as caught:

@@ -21,7 +21,7 @@ def compose(block, x):
 
 def grown(backbone):
     """Weights of a trained network's order of magnitude: at initialisation a wrong bias or mask would hide."""
-    for block in backbone.blocks():
+    for block in sum(map(list, backbone.stages), []):
         torch.nn.init.normal_(block.attn.relative_position_bias_table, std=2.0)
         torch.nn.init.normal_(block.attn.qkv.weight, std=0.3)
     return backbone
@@ -34,9 +34,10 @@ def test_verbs_compose_to_timms_block(tiny_swin, size):
     resolutions = {}
     for stage in backbone.layers:
         for block in stage.blocks:
-            block.register_forward_pre_hook(lambda b, args: resolutions.__setitem__(b, args[0].shape))
+            note = functools.partial(lambda b, norm, args: resolutions.__setitem__(b, args[0].shape), block)
+            block.norm1.register_forward_pre_hook(note)
     backbone(torch.rand(2, 3, *size).double())
-    assert any(any(block.shift_size) for block in backbone.blocks())
+    assert len(resolutions) == 8 and any(any(block.shift_size) for block in resolutions)
     for block, shape in resolutions.items():
         x = torch.randn(shape, dtype=torch.double, requires_grad=True)
         y, weight = x.detach().clone().requires_grad_(), torch.randn_like(x)

@@ -23,6 +23,7 @@ from bench.train.loop import (
     evaluate,
     learning_rate,
     load_checkpoint,
+    losses_by_batch,
     make_optimizer,
     save_checkpoint,
     train,
@@ -205,7 +206,7 @@ def test_clipping_by_task_where_tasks_share_nothing(trainer, build, tasks, expre
     raw, clipped = gradients(model), gradients(runner.plain_model)
     groups = {}
     for name in raw:
-        groups.setdefault(model.owner(name) if independent else None, []).append(name)
+        groups.setdefault(model.owners()[name] if independent else None, []).append(name)
     assert len(groups) == (4 if independent else 1)
     for names in groups.values():
         norm = math.sqrt(sum(raw[name].double().square().sum().item() for name in names))
@@ -483,3 +484,30 @@ def test_evaluation_scores_the_models_own_outputs(trainer, card, tasks):
     expected = {"semseg": 100, "human_parts": parts, "saliency": 100, "normals": 0}
     assert perfect == pytest.approx(expected, abs=1e-3, nan_ok=True)
     assert opposite["semseg"] < 1 and opposite["saliency"] < 50 and opposite["normals"] == pytest.approx(180, abs=1e-3)
+
+
+# before training
+
+
+def test_losses_before_training_change_nothing(trainer, dataset):
+    """As many batches as are asked for, each with a graph; neither weights nor running statistics move."""
+    made = trainer("progressive", total=2)
+    before = {name: tensor.clone() for name, tensor in made.plain_model.state_dict().items()}
+    batches = losses_by_batch(made, dataset, 2)
+    seen = [next(batches) for _ in range(5)]
+    assert all(loss.requires_grad and loss.isfinite() for losses in seen for loss in losses.values())
+    assert not torch.equal(seen[0]["semseg"], seen[1]["semseg"])
+    batches.close()
+    assert made.model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made.plain_model.state_dict().items())
+
+
+def test_grouping_of_real_losses_reaches_the_model(trainer, dataset, tasks):
+    made = trainer("progressive[groups=2]", total=2)
+    found = made.plain_model.prepare(losses_by_batch(made, dataset, 2))
+    similarity = torch.tensor(found["similarity"])
+    torch.testing.assert_close(similarity, similarity.T)
+    torch.testing.assert_close(similarity.diagonal(), torch.ones(4))
+    assert sorted(sum(found["groups"], [])) == sorted(tasks)
+    order = [next(g for g, members in enumerate(found["groups"]) if task in members) for task in tasks]
+    assert made.plain_model.encoder.group_of_task.tolist() == order
