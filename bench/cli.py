@@ -62,7 +62,9 @@ def run(
     protocol: Annotated[
         str | None, typer.Option(help="published: each paper's own decoder; equal: one for all. (default: published)")
     ] = None,
-    decoder: Annotated[str | None, typer.Option(help="segformer or hrnet, in place of the protocol's choice.")] = None,
+    decoder: Annotated[
+        str | None, typer.Option(help="segformer, hrnet or highres, in place of the protocol's choice.")
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="A recipe's name or a path to a YAML file. (default: quick)")
     ] = None,
@@ -151,6 +153,27 @@ def show(
     from bench.report import show
 
     show.show(record, folder, Console())
+
+
+@app.command()
+@one_line_errors
+def count(
+    methods: Annotated[str, typer.Option(help="Expressions and grids as for `run`, or 'all'.")] = "all",
+    backbone: Annotated[str, typer.Option(help="Short or timm names, comma-separated.")] = "swin_tiny",
+    dataset: Annotated[str, typer.Option(help="A card's name or path: its tasks are counted.")] = "scenes",
+    tasks: Annotated[str | None, typer.Option(help="Comma-separated subset of the card's tasks.")] = None,
+    image_size: Annotated[str, typer.Option(help="448, or HEIGHTxWIDTH.")] = "448",
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a markdown table.")] = False,
+) -> None:
+    """Trainable parameters under both protocols and backbone passes, in seconds: no data, weights or GPU."""
+    from bench import count
+    from bench.grid import parse_size
+
+    table = count.counts(methods, backbone, dataset, tasks, parse_size(image_size), errors.print)
+    if markdown:
+        print(count.markdown(table))
+    else:
+        count.show(table, Console())
 
 
 @app.command("list")

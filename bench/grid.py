@@ -99,7 +99,7 @@ def jobs(
     recipe = recipes.load(settings.recipe)
     seeds = _seeds(str(settings.seeds))
     data = _data(settings, recipe, data_root)
-    size = _size(settings.image_size) or recipe.image_size or data.card.image_size
+    size = parse_size(settings.image_size) or recipe.image_size or data.card.image_size
     epochs, steps = _length(settings, recipe)
 
     # Only now the slow imports: whatever is wrong above is said at once.
@@ -281,7 +281,8 @@ def _seeds(text: str) -> list[int]:
     return seeds
 
 
-def _size(value: str | int | None) -> tuple[int, int] | None:
+def parse_size(value: str | int | None) -> tuple[int, int] | None:
+    """`448` or `HEIGHTxWIDTH` -> (height, width). Raises BenchError."""
     if value is None:
         return None
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(value).lower())

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.backbones.base import Backbone
+from methods.backbones.swin import SwinBackbone
 from methods.layers.cpab import transform
 from methods.layers.task_streams import (
     Merging,
@@ -113,24 +114,29 @@ class DiTASKBlock(TaskBlock):
 
 
 class DiTASKEncoder(TaskStreamEncoder):
+    def __init__(
+        self, backbone: SwinBackbone, blocks: list[list[nn.Module]], mergings: list[Merging], taps_after_merging: bool
+    ) -> None:
+        super().__init__(backbone, blocks, mergings, taps_after_merging)
+        self._by_cells: dict[int, list[tuple[DeformedLinear, str | None]]] = {}
+        for module in self.modules():
+            if isinstance(module, DeformedLinear):
+                self._by_cells.setdefault(len(module.theta) + 1, []).append((module, None))
+                for task in module.used:
+                    self._by_cells.setdefault(len(module.task_theta[task]) + 1, []).append((module, task))
+        for cells, entries in self._by_cells.items():
+            lengths = [module.spectrum.shape[-1] for module, _ in entries]
+            shares = [torch.arange(max(lengths)) / max(length - 1, 1) for length in lengths]
+            self.register_buffer(f"points_{cells}", torch.stack(shares).clamp(max=1), persistent=False)
+
     def context(self) -> Positions:
         """All transformations of a step, in one call for each number of cells."""
         found: Positions = {}
-        wanted: dict[int, list[tuple[DeformedLinear, str | None, nn.Parameter]]] = {}
-        for module in self.modules():
-            if isinstance(module, DeformedLinear):
-                found[module] = {}
-                wanted.setdefault(len(module.theta), []).append((module, None, module.theta))
-                for task in module.used:
-                    theta = module.task_theta[task]
-                    wanted.setdefault(len(theta), []).append((module, task, theta))
-        for entries in wanted.values():
-            theta = torch.stack([theta for _, _, theta in entries]).float()
-            lengths = torch.tensor([module.spectrum.shape[-1] for module, _, _ in entries], device=theta.device)
-            indices = torch.arange(max(m.spectrum.shape[-1] for m, _, _ in entries), device=theta.device)
-            points = (indices / (lengths - 1).clamp(min=1).unsqueeze(1)).clamp(max=1)
-            for (module, task, _), positions in zip(entries, transform(theta, points), strict=True):
-                found[module][task] = positions
+        for cells, entries in self._by_cells.items():
+            theta = torch.stack([m.theta if task is None else m.task_theta[task] for m, task in entries]).float()
+            warped = transform(theta, self.get_buffer(f"points_{cells}"))
+            for (module, task), positions in zip(entries, warped, strict=True):
+                found.setdefault(module, {})[task] = positions
         return found
 
 

@@ -6,7 +6,8 @@ Shared Hypernetworks", ACL 2021. One pass a task.
 A task's and a block's embedding (64 each, N(0, 1)) go through a two-layer MLP (128, ReLU) and a LayerNorm to a vector
 of 64; linear generators N(0, 0.01^2) make from it W_down, b_down, W_up, b_up and the scale and shift of the LayerNorm
 that ends the adapter: x + LN(W_up GELU(W_down x + b_down) + b_up) on the outputs of attention and feed-forward network.
-As in the paper (not its ++ variant), each of the two has generators of its own, shared by the blocks.
+As in the paper (not its ++ variant), each of the two has generators of its own, shared by the blocks. The released code
+trains the model's own norms as well; here they stay frozen.
 
 Our reading on a pyramid: blocks of the same width share their generators, so a set a stage. The published count,
 75.32 M from the Polyhistor table, could not be derived; the reduction of 3 comes nearest to it.
@@ -54,13 +55,20 @@ class AdapterGenerator(nn.Module):
             nn.init.normal_(linear.weight, std=1e-2)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, embedding: Tensor) -> Callable[[Tensor], Tensor]:
-        made = {name: self.linears[name](embedding).view(shape) for name, shape in self.shapes.items()}
+    def forward(self, embeddings: Tensor) -> list[Callable[[Tensor], Tensor]]:
+        """embeddings (n, k) -> n adapters, generated together."""
+        made = {name: self.linears[name](embeddings) for name in self.shapes}
+        return [
+            self._adapter({name: made[name][i].view(self.shapes[name]) for name in made})
+            for i in range(len(embeddings))
+        ]
 
+    @staticmethod
+    def _adapter(w: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
         def adapter(x: Tensor) -> Tensor:
-            hidden = F.gelu(F.linear(x, made["down"], made["down_bias"]), approximate="tanh")
-            out = F.linear(hidden, made["up"], made["up_bias"])
-            return x + F.layer_norm(out, out.shape[-1:], made["norm"], made["norm_bias"])
+            hidden = F.gelu(F.linear(x, w["down"], w["down_bias"]), approximate="tanh")
+            out = F.linear(hidden, w["up"], w["up_bias"])
+            return x + F.layer_norm(out, out.shape[-1:], w["norm"], w["norm_bias"])
 
         return adapter
 
@@ -81,18 +89,25 @@ class HyperFormerEncoder(nn.Module):
             )
 
         self.attention, self.feed_forward = generators(), generators()
-        self.stage_of_block = [stage for stage, blocks in enumerate(backbone.stages) for _ in blocks]
+        self.depths = [len(blocks) for blocks in backbone.stages]
 
     def forward(self, image: Tensor) -> Features:
-        features = {}
-        for task, task_embedding in self.task_embeddings.items():
-            embeddings = [self.embed(torch.cat([task_embedding, block])) for block in self.block_embeddings]
-            attention, feed_forward = (
-                [generators[stage](e) for stage, e in zip(self.stage_of_block, embeddings, strict=True)]
-                for generators in (self.attention, self.feed_forward)
-            )
-            features[task] = self.backbone(image, attention, feed_forward).maps
-        return Features(features)
+        tasks = list(self.task_embeddings)
+        blocks = torch.stack(list(self.block_embeddings))
+        pairs = [torch.cat([e.expand_as(blocks), blocks], 1) for e in self.task_embeddings.values()]
+        by_stage = self.embed(torch.stack(pairs)).split(self.depths, 1)  # (K, blocks of the stage, k)
+
+        def adapters(generators: nn.ModuleList) -> dict[str, list[Callable[[Tensor], Tensor]]]:
+            """Of every task, one a block."""
+            found: dict[str, list[Callable[[Tensor], Tensor]]] = {task: [] for task in tasks}
+            for generator, embeddings in zip(generators, by_stage, strict=True):
+                made = iter(generator(embeddings.flatten(0, 1)))
+                for task in tasks:
+                    found[task] += [next(made) for _ in range(embeddings.shape[1])]
+            return found
+
+        attention, feed_forward = adapters(self.attention), adapters(self.feed_forward)
+        return Features({task: self.backbone(image, attention[task], feed_forward[task]).maps for task in tasks})
 
 
 def build(backbone: Backbone, tasks: Mapping[str, int], options: Options, setting: Setting) -> MultiTaskModel:

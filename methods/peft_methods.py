@@ -52,7 +52,6 @@ def make(name: str) -> Method:
         family="single-task PEFT",
         citation="Hugging Face peft",
         build=functools.partial(build, name),
-        starts_pretrained=True,
         options=Options,
     )
 

@@ -80,7 +80,9 @@ class ProgressiveEncoder(nn.Module):
         self.tasks, self.options, self.merged_taps = tuple(tasks), options, merged_taps
         self.given = not (options.groups == "auto" or options.groups.isdigit())
         self.count = max(groups) + 1
-        self.register_buffer("group_of_task", torch.tensor(groups, device="cpu"))
+        self.register_buffer("group_of_task", torch.tensor(groups, device="cpu"))  # part of the trained state
+        self.groups = groups  # the same for the host, so that a GPU is not waited for
+        self.register_load_state_dict_post_hook(lambda encoder, _: encoder.read_groups())
 
         def stage(index: int, rank: int) -> nn.ModuleList:
             return nn.ModuleList(BlockLoRA(b, rank, options.scale) for b in backbone.layers[index].blocks)
@@ -89,23 +91,30 @@ class ProgressiveEncoder(nn.Module):
         self.grouped = nn.ModuleList(stage(2, options.group_rank) for _ in range(self.count))
         self.per_task = nn.ModuleDict({task: stage(3, options.task_rank) for task in tasks})
 
+    def read_groups(self) -> None:
+        self.groups = self.group_of_task.tolist()
+
     def forward(self, image: Tensor) -> Features:
         layers = self.backbone.layers
 
         def run(index: int, updates: nn.ModuleList, x: Tensor) -> Tensor:
-            x = layers[index].downsample(x)
             for block, own in zip(layers[index].blocks, updates, strict=True):
                 x = own(block, x)
             return x
 
         first = run(0, self.shared[0], self.backbone.embed(image))
-        second = run(1, self.shared[1], first)
-        third = [run(2, updates, second) for updates in self.grouped]
+        merged_first = layers[1].downsample(first)
+        second = run(1, self.shared[1], merged_first)
+        merged_second = layers[2].downsample(second)
+        third = [run(2, updates, merged_second) for updates in self.grouped]
+        merged_third = [layers[3].downsample(x) for x in third]
         features = {}
-        for task, group in zip(self.tasks, self.group_of_task.tolist(), strict=True):
-            streams = [first, second, third[group], run(3, self.per_task[task], third[group])]
+        for task, group in zip(self.tasks, self.groups, strict=True):
+            last = run(3, self.per_task[task], merged_third[group])
             if self.merged_taps:
-                streams = [*(layers[i + 1].downsample(x) for i, x in enumerate(streams[:3])), streams[3]]
+                streams = [merged_first, merged_second, merged_third[group], last]
+            else:
+                streams = [first, second, third[group], last]
             features[task] = [x.permute(0, 3, 1, 2) for x in streams]
         return Features(features)
 
@@ -114,19 +123,20 @@ class ProgressiveEncoder(nn.Module):
         similarity of every two tasks, and the groups."""
         parameters = list(self.shared.parameters())
         cosines = []
-        for batch in itertools.islice(losses, self.options.batches):
+        for of_batch in itertools.islice(losses, self.options.batches):
             gradients = []
             for task in self.tasks:
-                parts = torch.autograd.grad(batch[task], parameters, retain_graph=True, allow_unused=True)
+                parts = torch.autograd.grad(of_batch[task], parameters, retain_graph=True, allow_unused=True)
                 gradients.append(torch.cat([p.flatten() for p in parts if p is not None]).float())
             g = F.normalize(torch.stack(gradients), dim=1)
             cosines.append((g @ g.T).cpu())
+            del of_batch  # and with it the graph, before the next one is made
         similarity = torch.stack(cosines).mean(0)
         if not self.given:
             self.group_of_task.copy_(torch.tensor(average_linkage(similarity, self.count)))
+            self.read_groups()
         members = [
-            [task for task, group in zip(self.tasks, self.group_of_task.tolist(), strict=True) if group == g]
-            for g in range(self.count)
+            [task for task, group in zip(self.tasks, self.groups, strict=True) if group == g] for g in range(self.count)
         ]
         return {"tasks": list(self.tasks), "similarity": similarity.tolist(), "groups": members}
 

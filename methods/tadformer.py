@@ -79,7 +79,7 @@ class TADLinear(nn.Module):
         """s B filter(A z) of a map z (N, H, W, in) -> (N, H, W, out)."""
         low = F.linear(z, self.shared.down)
         filtered = self.filter(low) if self.filter is not None else self.per_task[task](low)
-        return self.shared.scale * F.linear(filtered, self.shared.up)
+        return F.linear(self.shared.scale * filtered, self.shared.up)
 
 
 class TADBlock(nn.Module):
@@ -170,7 +170,8 @@ class TADFormerEncoder(nn.Module):
     def forward(self, image: Tensor) -> Features:
         layers = self.backbone.layers
         x = self.backbone.embed(image)
-        prompts = torch.stack(list(self.prompts.values())).expand(len(image), -1, -1)
+        # By name: a ParameterDict sorts its keys.
+        prompts = torch.stack([self.prompts[task] for task in self.tasks]).expand(len(image), -1, -1)
         features: dict[str, list[Tensor]] = {}
         general = []
         for stage, own_blocks in enumerate(self.blocks):

@@ -123,8 +123,9 @@ class VMTEncoder(nn.Module):
                 x = backbone.attention(block, x)
                 f = self.cross_task[index](x)
                 x = backbone.feed_forward(block, x) + (1 - self.s) * f
+                own_share = self.s * f  # once: alpha's gradient keeps it
                 for task, extract in self.extract.items():
-                    specific[task] = specific[task] + extract[index](self.s * f)
+                    specific[task] = specific[task] + extract[index](own_share)
                 index += 1
             for task, f_t in specific.items():
                 features[task].append(backbone.output(stage, x + f_t))

@@ -90,10 +90,9 @@ class PromptedEncoder(nn.Module):
         self.backbone = backbone.freeze()
         self.run = prompted_swin if isinstance(backbone, SwinBackbone) else prompted_vit
         widths = backbone.widths() if isinstance(options, DeepOptions) else [backbone.stem_channels]
-        patch = backbone.strides[0]
+        bound = math.sqrt(6 / (3 * backbone.strides[0] ** 2 + backbone.stem_channels))
 
         def fresh(channels: int) -> nn.Parameter:
-            bound = math.sqrt(6 / (3 * patch**2 + channels))
             return nn.Parameter(torch.empty(options.prompts, channels).uniform_(-bound, bound))
 
         self.prompts = nn.ModuleDict({task: nn.ParameterList(fresh(width) for width in widths) for task in tasks})

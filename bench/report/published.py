@@ -4,8 +4,7 @@ A CSV row holds what the paper prints, and nothing recomputed. Delta-m by equati
 agrees with the printed figure to 0.15 points, with these exceptions (printed, recomputed):
 BDTA+MoTE Table 5     full model +8.70, +7.84; its metrics differ from the same model's row in Tables 1, 3 and 4
 VMT-Adapter Table 2   Shared Relative bias -9.56, -7.08; Shared Adapter -0.64, -1.83
-VMT-Adapter Table 3   rho=8 +3.02, +2.79; Lite m=6 +0.61, +0.40. It also prints 4.56 M parameters for rho=2, whose parts,
-                      2.21 and 2.55, make 4.76.
+VMT-Adapter Table 3   rho=8 +3.02, +2.79; Lite m=6 +0.61, +0.40; and 4.56 M parameters for rho=2, whose parts make 4.76
 """
 
 from __future__ import annotations

@@ -113,13 +113,18 @@ class Trainer:
 
 def losses_by_batch(trainer: Trainer, dataset: DenseDataset, batch_size: int) -> Iterator[dict[str, Tensor]]:
     """Unweighted losses with their graph, one training batch after the other without end; in evaluation mode, so that
-    nothing changes."""
+    nothing changes. Under fp16 they are scaled, all alike: small gradients would vanish."""
+    scaler = trainer.accelerator.scaler
+    scale = scaler.get_scale() if scaler is not None else 1.0
     trainer.model.eval()
     try:
         for batch in training_batches(dataset, batch_size, 0, sys.maxsize, workers=0, pin=False):
             batch = to_device(batch, trainer.accelerator.device)
             outputs = trainer.model(batch["image"])
-            yield {task: LOSSES[task](out, batch[task]) for task, out in outputs.items()}
+            losses = {task: scale * LOSSES[task](out, batch[task]) for task, out in outputs.items()}
+            del batch, outputs
+            yield losses
+            del losses  # and with it the graph, before the next one is made
     finally:
         trainer.model.train()
 

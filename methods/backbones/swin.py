@@ -128,7 +128,9 @@ class SwinBackbone(TransformerBackbone):
         return x + changed(out_of_windows(block, block.attn.proj(windows), x.shape[1:3]), change)
 
     def feed_forward(self, block: nn.Module, x: Tensor, change: Change | None = None) -> Tensor:
-        return x + changed(block.mlp(block.norm2(x)), change)
+        # As a sequence: some tuners of linear layers take no maps.
+        out = block.mlp(block.norm2(x).flatten(1, 2))
+        return x + changed(out.view(x.shape), change)
 
     def output(self, stage: int, x: Tensor) -> Tensor:
         return x.permute(0, 3, 1, 2)

@@ -26,6 +26,8 @@ class ViTBackbone(TransformerBackbone):
                 f"backbone {name} cannot take images of {size[0]}x{size[1]}: its patches are {patch[0]}x{patch[1]}; "
                 f"the nearest size that fits is {fitting[0]}x{fitting[1]}"
             )
+        if not all(hasattr(block, "ls1") and hasattr(block, "attn") for block in model.blocks):
+            raise MethodError(f"backbone {name} has blocks of another kind than attention, then feed-forward network")
         depth = len(model.blocks)
         if depth < 4:
             raise MethodError(f"backbone {name} has {depth} blocks, too few for four groups")

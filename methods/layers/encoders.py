@@ -108,7 +108,10 @@ def train_selected(backbone: Backbone, trained: Callable[[str], bool]) -> Backbo
 
 
 def structural_copy(backbone: Backbone) -> Backbone:
-    """A copy with modules and trained parameters of its own that shares every frozen tensor with the original."""
+    """A copy with modules and trained parameters of its own that shares every frozen tensor with the original.
+
+    Moved to another device, the parameters stay shared; buffers (masks, index tables) are then copied.
+    """
     shared: dict[int, Tensor] = {id(p): p for p in backbone.parameters() if not p.requires_grad}
     for module in backbone.modules():
         # What a frozen layer keeps beside its parameters never changes; a trained batch norm's statistics do.

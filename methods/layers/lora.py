@@ -21,7 +21,7 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale * F.linear(F.linear(x, self.down), self.up)
+        return F.linear(self.scale * F.linear(x, self.down), self.up)
 
 
 class MultiTaskLoRALinear(nn.Module):

@@ -15,7 +15,8 @@ from methods.registry import MethodError, near
 ATTENTION = r".*\.attn\.(qkv|q|kv)"
 BLOCK = r".*\.(attn\.(qkv|q|kv|proj)|mlp\.(fc1|fc2))"
 FEED_FORWARD = r".*\.mlp\.fc2"
-ELSEWHERE = {"ADAPTION_PROMPT", "LN_TUNING", "TRAINABLE_TOKENS"}  # they have targets, but linear layers are not theirs
+# They have targets, but linear layers are not theirs, or their forward wants more than a map.
+ELSEWHERE = {"ADAPTION_PROMPT", "LN_TUNING", "POLY", "TRAINABLE_TOKENS"}
 
 
 def tuner_names() -> list[str]:
@@ -57,8 +58,8 @@ def tuner_config(name: str, targets: str, rank: int = 0, **values: Any) -> Any:
         values["r"] = rank
     try:
         return kind(target_modules=targets, **values)
-    except (ValueError, TypeError) as error:
-        raise MethodError(f"peft:{name} cannot be set up: {error}") from error
+    except (ValueError, TypeError, ImportError) as error:
+        raise MethodError(f"peft:{name} cannot be set up: {_first_line(error)}") from error
 
 
 def insert_tuner(backbone: Backbone, config: Any) -> None:
@@ -74,8 +75,11 @@ def insert_tuner(backbone: Backbone, config: Any) -> None:
         with warnings.catch_warnings(), device:
             warnings.simplefilter("ignore")  # about saving and merging, which nothing here does
             get_peft_model(backbone, config)  # in place; the wrapper adds nothing that is needed here
-    except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, AssertionError) as error:
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise MethodError(f"peft's {kind} cannot run on {backbone.name}: {message}") from error
+    except Exception as error:  # forty tuners by many hands: what they raise is no closed list
+        raise MethodError(f"peft's {kind} cannot run on {backbone.name}: {_first_line(error)}") from error
     for parameter in trained:
         parameter.requires_grad_(True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -39,4 +40,4 @@ class PHMLinear(nn.Module):
         return kronecker_sum(self.rule, self.left.unsqueeze(2) * self.right.unsqueeze(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight().to(x.dtype) + self.bias
+        return F.linear(x, self.weight().T, self.bias)

@@ -76,12 +76,24 @@ def test_outputs(build, tasks, name, protocol, decoder):
 @pytest.mark.parametrize("protocol", ["published", "equal"])
 def test_training(build, name, protocol):
     """Gradients reach all that counts as trained; nothing else moves; its state restores the model exactly."""
+    check_training(build, name, protocol, all_methods()[name].unreached)
+
+
+# Block sizes must divide the tiny Swin's widths.
+@pytest.mark.parametrize("name", ["dora", "vera", "ia3[targets=block]", "oft[rank=4,targets=block]", "boft", "loha"])
+@pytest.mark.parametrize("sharing", ["per_task", "shared"])
+def test_training_of_peft_methods(build, name, sharing):
+    bare, _, inside = name.removesuffix("]").partition("[")
+    options = ",".join(filter(None, (inside, f"sharing={sharing}")))
+    check_training(build, f"peft:{bare}[{options}]", "equal", {})
+
+
+def check_training(build, name, protocol, excused):
     model = build(name, protocol=protocol)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == model.ledger().trainable
     still = frozen(model)
     before = [tensor.clone() for tensor in still]
     waiting = train(model)
-    excused = all_methods()[name].unreached
     assert not [n for n in waiting if not any(re.search(pattern, n) for pattern in excused)]
     # An excuse that excuses nothing is out of date.
     assert all(any(re.search(pattern, n) for n in waiting) for pattern in excused)

@@ -48,3 +48,10 @@ def test_polyhistor_lite_needs_whole_multiples(build):
 
     with pytest.raises(MethodError, match="polyhistor_lite .* cannot run on odd_pvt, which has a stage of 60"):
         build("polyhistor_lite", backbone=frame)
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_rpn_224", "vit_small_patch16_18x2_224"])
+def test_blocks_of_another_kind(name):
+    with torch.device("meta"), pytest.raises(MethodError, match="has blocks of another kind") as caught:
+        load_backbone(full_name(name), (64, 64), WeightSource("random"))
+    assert "\n" not in str(caught.value)

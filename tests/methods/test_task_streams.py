@@ -265,3 +265,21 @@ def test_average_linkage_merges_by_the_mean():
     """Single linkage would join 2 to {0, 1} (0.8 to 1), complete linkage would not; on average it is nearer to 3."""
     similarity = torch.tensor([[1.0, 0.9, 0.1, 0.0], [0.9, 1.0, 0.8, 0.0], [0.1, 0.8, 1.0, 0.5], [0.0, 0.0, 0.5, 1.0]])
     assert average_linkage(similarity, 2) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("names", [("semseg", "human_parts", "saliency"), ("saliency", "semseg", "human_parts")])
+def test_tadformer_prompts_are_their_tasks(build, names):
+    """A task's skip feature depends on its own prompt where it is made, whatever the order of the tasks."""
+    tasks = dict.fromkeys(names, 2)
+    model = build("tadformer", protocol="equal", tasks=tasks).eval()
+    encoder = model.encoder
+    with torch.no_grad():
+        encoder.gates.fill_(100.0)  # the skip features alone
+    for task in names:
+        model.zero_grad()
+        # One block in the first stage, so that prompts have not met yet.
+        encoder.blocks[0] = encoder.blocks[0][-1:]
+        encoder.backbone.layers[0].blocks = encoder.backbone.layers[0].blocks[-1:]
+        encoder(images()).task[task][0].square().sum().backward()
+        gradients = {t: 0.0 if p.grad is None else p.grad.norm().item() for t, p in encoder.prompts.items()}
+        assert max(gradients, key=gradients.get) == task

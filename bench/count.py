@@ -1,0 +1,87 @@
+"""`bench count`: trainable parameters under both protocols and backbone passes, without data, weights or a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pandas as pd
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bench.data import card as cards
+from bench.errors import BenchError
+from bench.report import published
+
+METHOD, PASSES, PUBLISHED, EQUAL, PRINTED = "method", "passes", "published", "equal", "printed"
+
+
+def counts(
+    methods: str,
+    backbones: str,
+    dataset: str,
+    tasks: str | None,
+    size: tuple[int, int],
+    tell: Callable[[str], None] = lambda line: None,
+) -> pd.DataFrame:
+    """Millions of trainable parameters, a row a method and backbone; built on the meta device, shapes without memory.
+
+    published, equal   under the two protocols
+    printed            as the papers print it for the row that the method stands for, NaN where none does
+    passes             of the backbone for one image
+    `tell` hears which methods of `all` a backbone cannot serve. Raises BenchError or MethodError in one line.
+    """
+    import torch
+
+    from methods.backbones.load import WeightSource, full_name, load_backbone
+    from methods.model import Setting
+    from methods.registry import MethodError, parse
+
+    card = cards.load(dataset)
+    channels = card.channels(cards.choose_tasks(card, tasks))
+    rows = []
+    for backbone in (full_name(name.strip()) for name in backbones.split(",")):
+        for configured in parse(methods):
+            row = {"backbone": backbone, METHOD: configured.expression}
+            try:
+                for protocol in (PUBLISHED, EQUAL):
+                    with torch.device("meta"):
+                        frame = load_backbone(backbone, size, WeightSource("random"))
+                        model = configured.build(frame, channels, Setting(protocol))
+                        if protocol == PUBLISHED:
+                            row[PASSES] = model.passes(torch.empty(1, 3, *size))
+                    row[protocol] = model.ledger().trainable / 1e6
+            except MethodError as error:
+                if "all" not in methods.split(","):
+                    raise
+                tell(f"left out: {error}")
+                continue
+            row[PRINTED] = published.parameters(configured.published_row, backbone)
+            rows.append(row)
+    if not rows:
+        raise BenchError(f"none of the methods can run on {backbones}")
+    return pd.DataFrame(rows)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    columns = [c for c in table.columns if c != "backbone" or table["backbone"].nunique() > 1]
+    lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
+    lines += ["| " + " | ".join(_cell(row[c]) for c in columns) + " |" for row in table.to_dict("records")]
+    return "\n".join(lines)
+
+
+def show(table: pd.DataFrame, console: Console) -> None:
+    for backbone, rows in table.groupby("backbone", sort=False):
+        out = Table(title=f"Trainable parameters in millions, {backbone}", title_justify="left")
+        for column in rows.columns.drop("backbone"):
+            out.add_column(column, justify="left" if column == METHOD else "right", overflow="fold")
+        for row in rows.drop(columns="backbone").to_dict("records"):
+            out.add_row(*(escape(_cell(value)) for value in row.values()))
+        console.print(out)
+    console.print("published, equal: counted here under each protocol; printed: the papers' figure for that row")
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return "–" if pd.isna(value) else f"{value:.2f}"
+    return str(value)
