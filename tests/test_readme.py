@@ -21,6 +21,7 @@ def newcomer(tmp_path, monkeypatch):
     """A folder of methods that holds the README's file and nothing else, beside the project's own."""
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "scale_shift.py").write_text(code, encoding="utf-8")
+    registry.all_methods()
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     yield
@@ -47,7 +48,7 @@ def test_example_method_is_found_built_and_trained(newcomer):
 def test_commands_of_the_readme_exist():
     """Every option that the README gives to `bench run` and `bench report` is one of theirs."""
     text = README.read_text(encoding="utf-8")
-    for verb in ("run", "report", "show", "list"):
+    for verb in ("run", "report", "show", "list", "count"):
         command = [sys.executable, "-m", "bench", verb, "--help"]
         plain = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
         help_text = subprocess.run(
@@ -56,3 +57,14 @@ def test_commands_of_the_readme_exist():
         used = {option for line in re.findall(rf"bench {verb} (.*)", text) for option in re.findall(r"--[a-z-]+", line)}
         missing = {option for option in used if option not in help_text}
         assert not missing, f"bench {verb} has no {missing}"
+
+
+def test_counts_of_the_readme_are_those_of_the_command():
+    """Every row of the table of methods, and every method has its row."""
+    from bench import count
+
+    rows = re.findall(r"^\| ([\w\[\]=,:]+) \| (\d) \|(.*)\|$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    methods_in_table = ",".join(row[0] for row in rows)
+    assert {c.method.name for c in registry.parse(methods_in_table)} == set(registry.all_methods())
+    printed = count.markdown(count.counts(methods_in_table, "swin_tiny", "scenes", None, (224, 224))).splitlines()[2:]
+    assert [f"| {name} | {passes} |{rest}|" for name, passes, rest in rows] == printed

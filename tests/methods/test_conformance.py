@@ -170,6 +170,21 @@ def test_start(build, name, tiny_swin):
 
 
 @every_method
+def test_training_and_evaluation_differ_by_dropout_alone(build, name):
+    """Features are the same in both modes once nothing is dropped, and dropping is what Dropout and DropPath do."""
+    encoder = build(name).encoder
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(module, timm.layers.DropPath):
+            module.drop_prob = 0.0
+    with torch.no_grad():
+        features = [encoder.train(mode)(images()).task for mode in (True, False)]
+    for task in features[0]:
+        assert all(torch.equal(a, b) for a, b in zip(features[0][task], features[1][task], strict=True))
+
+
+@every_method
 def test_images_of_a_batch_do_not_meet(build, name):
     model = build(name)
     both, second = predict(model, images()), predict(model, images()[1:])
