@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from bench import yamlfile
 from bench.data import scenes
 from bench.errors import BenchError, did_you_mean
 from bench.tasks import TASKS
+
+Colour = Annotated[int, Field(ge=0, le=255)]
 
 
 def _known_task(name: str) -> str:
@@ -26,23 +28,67 @@ def _known_task(name: str) -> str:
     return name
 
 
+def _as_tuple(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+
+
+class Keep(BaseModel):
+    """Which pixels have a label: those where another class map has one of these values."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    key: str = ""
+    values: tuple[int, ...]
+
+
 class TaskCard(BaseModel):
     """How one task's labels are stored.
 
-    path      pattern below the data root with {id}; empty for rendered data
+    path      pattern below the data root with {id}, or a list of them: each image has the first that is there; empty
+              for rendered data
+    key       the variable, in a .mat file
+    rule      how labels come out of the file, where not as they are: `pascal_parts` paints the parts of all persons of
+              a PASCAL-Part annotation in the classes of `parts`; `boundaries` thins the boundaries of a class map
+    parts     pascal_parts only: class name -> the parts' names in the annotation
     classes   class names in label order, for semseg and human_parts
+    colours   of the classes, as [red, green, blue], for pictures
     ignore    raw values that mean "no label"; where not given, 255 for class labels and none for masks
+    ignore_empty   an image without anything but class 0 has no label at all (human parts without a person)
     subtract  taken from the other raw values to give 0..n-1, for semseg and human_parts
+    threshold   of a soft mask, as a share of 255 (or of 1 in an array); without it, masks hold 0 and 1, or 0 and 255
+    keep      normals only: where there is a label
     scale     depth only: metres = stored value * scale
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: str = ""
+    path: Patterns = ()
+    key: str = ""
+    rule: Literal["", "pascal_parts", "boundaries"] = ""
+    parts: dict[str, tuple[str, ...]] = {}
     classes: tuple[str, ...] = ()
+    colours: tuple[tuple[Colour, Colour, Colour], ...] = ()
     ignore: tuple[int, ...] | None = None
+    ignore_empty: bool = False
     subtract: int = 0
+    threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
+    keep: Keep | None = None
     scale: Annotated[float, Field(gt=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TaskCard:
+        if self.colours and len(self.colours) != len(self.classes):
+            raise ValueError(f"{len(self.colours)} colours for {len(self.classes)} classes")
+        unknown = [name for name in self.parts if name not in self.classes[1:]]
+        if unknown:
+            raise ValueError(f"parts names {unknown[0]!r}, which is not one of the classes after the background")
+        if (self.rule == "pascal_parts") != bool(self.parts):
+            raise ValueError("rule: pascal_parts and parts go together")
+        return self
 
 
 class Card(BaseModel):
@@ -77,8 +123,11 @@ class Card(BaseModel):
         missing = {"train", "val"} - set(self.splits)
         if missing:
             raise ValueError(f"splits lacks {', '.join(sorted(missing))}")
-        patterns = {"image": self.image} | {f"tasks.{name}.path": task.path for name, task in self.tasks.items()}
-        for key, pattern in patterns.items():
+        patterns = [("image", self.image)]
+        for name, task in self.tasks.items():
+            patterns += [(f"tasks.{name}.path", pattern) for pattern in task.path or ("",)]
+            patterns += [(f"tasks.{name}.keep.path", task.keep.path)] if task.keep else []
+        for key, pattern in patterns:
             if self.source == "files":
                 _check_pattern(key, pattern)
         for task in self.default_tasks:
@@ -163,13 +212,28 @@ def choose_tasks(card: Card, wanted: str | None) -> tuple[str, ...]:
     return tuple(task for task in card.tasks if task in names)
 
 
+def locate(root: Path, patterns: Sequence[str], name: str) -> Path:
+    """The first of the patterns' files that is there; if none is, the first."""
+    paths = [root / pattern.format(id=name) for pattern in patterns]
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
+def files_of(card: Card, root: Path, name: str, tasks: Sequence[str]) -> list[Path]:
+    """The image and every file that its labels for these tasks come from."""
+    files = [root / card.image.format(id=name)]
+    for task in tasks:
+        files.append(locate(root, card.tasks[task].path, name))
+        if keep := card.tasks[task].keep:
+            files.append(root / keep.path.format(id=name))
+    return files
+
+
 def check_files(card: Card, root: Path | None, names: list[str], tasks: tuple[str, ...]) -> list[int]:
     """The sizes in bytes of all files in use. Raises BenchError naming the first one that is not there."""
     if card.source != "files":
         return []
     folder = require_root(card, root)
-    patterns = [card.image, *(card.tasks[task].path for task in tasks)]
-    files = [folder / pattern.format(id=name) for name in names for pattern in patterns]
+    files = [file for name in names for file in files_of(card, folder, name, tasks)]
     missing = [file for file in files if not file.is_file()]
     if missing:
         more = f" and {len(missing) - 1} more files" if len(missing) > 1 else ""

@@ -10,12 +10,15 @@ Encodings of the arrays, (H, W) unless said:
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from bench.data.card import TaskCard
+from bench.data import derived
+from bench.data.card import Keep, TaskCard
 from bench.errors import BenchError
 
 IGNORE = 255
@@ -26,11 +29,23 @@ def read_image(path: Path) -> np.ndarray:
     return _read_raster(path, "RGB")
 
 
-def read_label(task: str, card: TaskCard, path: Path) -> np.ndarray:
-    """Decode one label map by its suffix: .npy as stored, anything else as an image."""
-    raw = _read_npy(path) if path.suffix == ".npy" else _read_raster(path, "RGB" if task == "normals" else None)
+def read_label(
+    task: str, card: TaskCard, path: Path, root: Path = Path(), name: str = "", size: tuple[int, int] = (1, 1)
+) -> np.ndarray:
+    """Decode one label map by its suffix (.npy, .mat, anything else as an image) and the card's rule.
+
+    `root` and `name` (the id) find a second file that the card names; `size` (height, width) is the image's, for a
+    label that has no size of its own.
+    """
+    if card.rule == "pascal_parts":
+        labels = _parts(path, card, size)
+        return np.full(size, IGNORE, np.uint8) if card.ignore_empty and not labels.any() else labels
+    if card.rule == "boundaries":
+        return derived.cached(path, "boundaries", lambda: boundaries(_read_array(path, card.key, None)))
+    raw = _read_array(path, card.key, "RGB" if task == "normals" else None)
     if task == "normals":
-        return _normals(raw, path)
+        normals = _normals(raw, path)
+        return normals if card.keep is None else _kept(normals, card.keep, root / card.keep.path.format(id=name))
     if raw.ndim != 2:
         raise BenchError(f"{path}: expected one channel for {task}, found shape {raw.shape}")
     if task == "depth":
@@ -38,7 +53,94 @@ def read_label(task: str, card: TaskCard, path: Path) -> np.ndarray:
         return np.where(np.isfinite(depth) & (depth > 0), depth, 0).astype(np.float32)
     if task in ("saliency", "edge"):
         return _binary(raw, card, path)
-    return _classes(raw, card, path)
+    labels = _classes(raw, card, path)
+    return np.full(labels.shape, IGNORE, np.uint8) if card.ignore_empty and not labels.any() else labels
+
+
+def _read_array(path: Path, key: str, mode: str | None) -> np.ndarray:
+    if path.suffix == ".mat":
+        return _read_mat(path, key)
+    return _read_npy(path) if path.suffix == ".npy" else _read_raster(path, mode)
+
+
+def _read_mat(path: Path, key: str) -> np.ndarray:
+    """One variable of a MATLAB file (version 7 or older)."""
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    if not key:
+        raise BenchError(f"{path}: a .mat file holds several variables; name one in the card with key")
+    try:
+        held = loadmat(path)
+    except FileNotFoundError as error:
+        raise BenchError(f"missing file {path}") from error
+    except (MatReadError, OSError, ValueError, TypeError, NotImplementedError, EOFError, IndexError) as error:
+        raise BenchError(f"cannot read MATLAB file {path}: {str(error).splitlines()[0]}") from error
+    if key not in held:
+        names = ", ".join(name for name in held if not name.startswith("__")) or "nothing"
+        raise BenchError(f"{path} has no variable {key!r}; it holds {names}")
+    return held[key]
+
+
+def boundaries(classes: np.ndarray) -> np.ndarray:
+    """uint8 (H, W): 1 where the Laplacian of a class map is not zero, thinned to a pixel's width.
+
+    The family's edge labels (Maninis et al., ASTMT, CVPR 2019): 3x3 Laplacian, mirrored at the rim.
+    """
+    from scipy.ndimage import laplace
+    from skimage.morphology import thin
+
+    return thin(laplace(classes.astype(np.float64), mode="mirror") != 0).astype(np.uint8)
+
+
+def _parts(path: Path, card: TaskCard, size: tuple[int, int]) -> np.ndarray:
+    """The parts of all persons in a PASCAL-Part annotation, painted in order (Chen et al., CVPR 2014).
+
+    anno.objects(i): class, class_ind (15 = person), mask, parts(j): part_name, mask. An image without a person that has
+    parts gives background, in the image's size.
+    """
+    rule = json.dumps({"parts": card.parts, "classes": card.classes}, sort_keys=True)
+    label_of = {part: card.classes.index(name) for name, parts in card.parts.items() for part in parts}
+
+    def derive() -> np.ndarray:
+        try:
+            objects = _read_mat(path, card.key or "anno")[0, 0]["objects"]
+            labels = None
+            for person in objects.flat:
+                if person["class_ind"].item() != PERSON or not person["parts"].size:
+                    continue
+                if labels is None:
+                    labels = np.zeros(person["mask"].shape, np.uint8)
+                for part in person["parts"].flat:
+                    labels[part["mask"].astype(bool)] = _part_label(str(part["part_name"].item()), label_of, path)
+        except (ValueError, IndexError, TypeError) as error:
+            raise BenchError(f"{path} is not a PASCAL-Part annotation: {str(error).splitlines()[0]}") from error
+        return np.zeros((0, 0), np.uint8) if labels is None else labels
+
+    labels = derived.cached(path, rule, lambda: _or_a_dot(derive()))
+    return np.zeros(size, np.uint8) if labels.shape == (1, 1) else labels
+
+
+PERSON = 15  # class_ind of persons in PASCAL-Part
+
+
+def _or_a_dot(labels: np.ndarray) -> np.ndarray:
+    """An image file cannot be empty: one pixel stands for a map without a size."""
+    return labels if labels.size else np.zeros((1, 1), np.uint8)
+
+
+def _part_label(part: str, label_of: Mapping[str, int], path: Path) -> int:
+    if part not in label_of:
+        raise BenchError(f"{path}: the card gives no class to the part {part!r}")
+    return label_of[part]
+
+
+def _kept(normals: np.ndarray, keep: Keep, path: Path) -> np.ndarray:
+    """Normals where the class map of `keep` has one of its values, zero elsewhere."""
+    classes = _read_array(path, keep.key, None)
+    if classes.shape != normals.shape[:2]:
+        raise BenchError(f"{path}: class map is {classes.shape}, its normals {normals.shape[:2]} (height, width)")
+    return normals * np.isin(classes, keep.values)[..., None]
 
 
 def _read_raster(path: Path, mode: str | None) -> np.ndarray:
@@ -80,6 +182,9 @@ def _binary(raw: np.ndarray, card: TaskCard, path: Path) -> np.ndarray:
     ignored = np.isin(raw, card.ignore or ())
     labelled = raw[~ignored]
     top = labelled.max(initial=0)
+    if card.threshold is not None:
+        full = 255 if np.issubdtype(raw.dtype, np.integer) else 1
+        return np.where(ignored, IGNORE, raw > card.threshold * full).astype(np.uint8)
     if not np.isfinite(top) or labelled.min(initial=0) < 0 or top > 255 or 1 < top < 128:
         raise BenchError(f"{path}: expected a mask of 0 and 1, or of 0..255")
     if set(np.unique(labelled).tolist()) in ({1, 255}, {0, 1, 255}):

@@ -57,8 +57,8 @@ class DenseDataset(Dataset):
         root = cards.require_root(self.card, self.root)
         arrays = {"image": decode.read_image(root / self.card.image.format(id=name))}
         for task in self.tasks:
-            path = root / self.card.tasks[task].path.format(id=name)
-            arrays[task] = decode.read_label(task, self.card.tasks[task], path)
+            path = cards.locate(root, self.card.tasks[task].path, name)
+            arrays[task] = decode.read_label(task, self.card.tasks[task], path, root, name, arrays["image"].shape[:2])
             if arrays[task].shape[:2] != arrays["image"].shape[:2]:
                 raise BenchError(
                     f"{path}: label is {arrays[task].shape[:2]}, its image {arrays['image'].shape[:2]} (height, width)"
