@@ -39,15 +39,33 @@ class Task:
 
 
 MIOU = Metric("mIoU", "mIoU", "%", True)
+NORMALS_WITHIN = (11.25, 22.5, 30)  # degrees
 
 TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
         Task("semseg", "SemSeg", (MIOU,)),
         Task("human_parts", "Human parts", (MIOU,)),
-        Task("saliency", "Saliency", (Metric("max_mIoU", "max mIoU", "%", True),), channels=1, in_papers="mIoU"),
+        Task(
+            "saliency",
+            "Saliency",
+            (Metric("max_mIoU", "max mIoU", "%", True), Metric("max_f", "max F (beta^2 = 0.3)", "%", True)),
+            channels=1,
+            in_papers="mIoU",
+        ),
         # The papers print the MEAN angular error under the heading "RMSE"; here it has its own name.
-        Task("normals", "Normals", (Metric("mean_error", "mean error", "deg", False),), channels=3, in_papers="RMSE"),
+        Task(
+            "normals",
+            "Normals",
+            (
+                Metric("mean_error", "mean error", "deg", False),
+                Metric("median_error", "median error", "deg", False),
+                Metric("rmse", "root mean square error", "deg", False),
+                *(Metric(f"within_{a}", f"within {a} deg", "%", True) for a in NORMALS_WITHIN),
+            ),
+            channels=3,
+            in_papers="RMSE",
+        ),
         Task(
             "depth", "Depth", (Metric("rmse", "RMSE", "m", False), Metric("abs_rel", "abs rel", "", False)), channels=1
         ),

@@ -56,14 +56,35 @@ def saliency(logits, label):
             either = (marked | true).sum()
             each.append((marked & true).sum() / either if either else 1.0)
         curve.append(np.mean(each))
-    return {"max_mIoU": 100 * max(curve)}
+    return {"max_mIoU": 100 * max(curve), "max_f": 100 * max(f_measures(p, y))}
+
+
+def f_measures(p, y):
+    for threshold in np.linspace(0.2, 0.9, 15):
+        precisions, recalls = [], []
+        for image, truth in zip(p, y, strict=True):
+            if not (truth == 1).any():
+                continue
+            marked = image[truth != 255] > threshold
+            true = truth[truth != 255] == 1
+            precisions.append(true[marked].mean() if marked.any() else 0.0)
+            recalls.append(marked[true].mean())
+        precision, recall = np.mean(precisions), np.mean(recalls)
+        yield 1.3 * precision * recall / (0.3 * precision + recall)
 
 
 def normals(logits, label):
     z, y = logits.double().numpy(), label.double().numpy()
     valid = y.any(1)
     cosine = (z * y).sum(1) / np.maximum(np.linalg.norm(z, axis=1) * np.linalg.norm(y, axis=1), 1e-12)
-    return {"mean_error": np.degrees(np.arccos(np.clip(cosine, -1, 1)))[valid].mean()}
+    angle = np.degrees(np.arccos(np.clip(cosine, -1, 1)))[valid]
+    return {
+        "mean_error": angle.mean(),
+        # Of an even number the lower of the two in the middle.
+        "median_error": pytest.approx(np.sort(angle)[(len(angle) - 1) // 2], abs=0.005),
+        "rmse": np.sqrt((angle**2).mean()),
+        **{f"within_{limit}": 100 * (angle < limit).mean() for limit in (11.25, 22.5, 30)},
+    }
 
 
 def depth(logits, label):
@@ -82,6 +103,7 @@ def edge(logits, label):
     return {"max_f": 100 * best}
 
 
+ApproxBase = type(pytest.approx(0)).__mro__[1]
 REFERENCE = {
     "semseg": mean_iou, "human_parts": mean_iou, "saliency": saliency, "normals": normals, "depth": depth, "edge": edge,
 }  # fmt: skip
@@ -89,7 +111,10 @@ REFERENCE = {
 
 @pytest.mark.parametrize("task", TASKS)
 def test_by_brute_force(task):
-    assert score(task, *example(task)) == pytest.approx(REFERENCE[task](*example(task)), rel=1e-5)
+    ours, reference = score(task, *example(task)), REFERENCE[task](*example(task))
+    assert ours.keys() == reference.keys()
+    for key, value in reference.items():
+        assert ours[key] == (value if isinstance(value, ApproxBase) else pytest.approx(value, rel=1e-5))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -127,8 +152,19 @@ def test_without_a_label_there_is_no_figure(task):
     ("task", "perfect", "expected"),
     [
         ("semseg", lambda y: torch.nn.functional.one_hot(y, 5).permute(0, 3, 1, 2).float(), {"mIoU": 100}),
-        ("saliency", lambda y: 20 * y[:, None] - 10, {"max_mIoU": 100}),
-        ("normals", lambda y: 3 * y, {"mean_error": 0}),
+        ("saliency", lambda y: 20 * y[:, None] - 10, {"max_mIoU": 100, "max_f": 100}),
+        (
+            "normals",
+            lambda y: 3 * y,
+            {
+                "mean_error": 0,
+                "median_error": 0.005,
+                "rmse": 0,
+                "within_11.25": 100,
+                "within_22.5": 100,
+                "within_30": 100,
+            },
+        ),
         ("depth", lambda y: y[:, None], {"rmse": 0, "abs_rel": 0}),
         ("edge", lambda y: 20 * y[:, None] - 10, {"max_f": 100}),
     ],
@@ -171,17 +207,17 @@ def marked(probabilities, truth):
 
 def test_saliency_takes_the_best_threshold_of_the_set_not_of_each_image():
     metric = marked([0.95, 0.52, 0.1, 0.1], [1, 0, 0, 0])  # IoU 1 from 0.55 on, 1/2 below
-    assert metric.compute() == {"max_mIoU": pytest.approx(100)}
+    assert metric.compute()["max_mIoU"] == pytest.approx(100)
     metric.update(torch.logit(torch.tensor([[[[0.48, 0.1, 0.1, 0.1]]]])), torch.tensor([[[1.0, 0, 0, 0]]]))
     # The second image is found up to 0.45, where the first scores 1/2: 3/4 against (1 + 0) / 2 above.
-    assert metric.compute() == {"max_mIoU": pytest.approx(75)}
+    assert metric.compute()["max_mIoU"] == pytest.approx(75)
 
 
 def test_saliency_of_an_empty_image_found_empty_counts_as_one():
-    assert marked([0.1, 0.1], [0, 0]).compute() == {"max_mIoU": 100}
-    assert marked([0.1, 0.1], [0, 255]).compute() == {"max_mIoU": 100}
-    assert marked([0.95, 0.95], [0, 0]).compute() == {"max_mIoU": 0}
-    assert marked([0.1, 0.1], [0, 1]).compute() == {"max_mIoU": 0}
+    assert marked([0.1, 0.1], [0, 0]).compute()["max_mIoU"] == 100
+    assert marked([0.1, 0.1], [0, 255]).compute()["max_mIoU"] == 100
+    assert marked([0.95, 0.95], [0, 0]).compute()["max_mIoU"] == 0
+    assert marked([0.1, 0.1], [0, 1]).compute()["max_mIoU"] == 0
 
 
 def test_saliency_of_no_image():
