@@ -176,6 +176,32 @@ def count(
         count.show(table, Console())
 
 
+data = typer.Typer(help="Look at a dataset before training on it.", no_args_is_help=True)
+app.add_typer(data, name="data")
+DATASET = Annotated[str, typer.Argument(help="A card's name or a path to a YAML card.")]
+DATA_ROOT = Annotated[Path | None, typer.Option(help="Folder that the card's files lie in.")]
+TASK_LIST = Annotated[str | None, typer.Option(help="Comma-separated subset of the card's tasks. (default: all)")]
+
+
+@data.command()
+@one_line_errors
+def check(
+    dataset: DATASET,
+    data_root: DATA_ROOT = None,
+    tasks: TASK_LIST = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. (default: one a core)")] = None,
+) -> None:
+    """Read every file once: counts, unreadable files, label values, sizes. Exit code 1: training would go wrong."""
+    from bench.data import card as cards
+    from bench.data.check import check
+
+    card = cards.load(dataset)
+    chosen = cards.choose_tasks(card, tasks) if tasks else tuple(card.tasks)
+    root = data_root if card.source != "files" else cards.require_root(card, data_root)
+    if not check(card, root, chosen, Console(), workers):
+        raise typer.Exit(1)
+
+
 @app.command("list")
 @one_line_errors
 def list_(what: Annotated[str, typer.Argument(help="methods, backbones, datasets, recipes or suites")]) -> None:

@@ -1,0 +1,126 @@
+"""`bench data check`: what it counts, and what it calls bad."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+from bench.cli import app
+from bench.data import card as cards
+from bench.data.check import Summary, inspect
+
+CARD = {
+    "name": "own",
+    "title": "My own data",
+    "image_size": [32, 32],
+    "image": "{id}.jpg",
+    "splits": {"train": "train.txt", "val": "val.txt"},
+    "tasks": {
+        "semseg": {"path": "{id}-seg.png", "classes": ["floor", "wall", "lamp"]},
+        "depth": {"path": "{id}-depth.npy"},
+    },
+}
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Three training images and a validation image of 6x8: floor, a column of wall, a column without a label."""
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(CARD))
+    (tmp_path / "train.txt").write_text("a b c")
+    (tmp_path / "val.txt").write_text("d")
+    for name in "abcd":
+        Image.new("RGB", (8, 6)).save(tmp_path / f"{name}.jpg")
+        classes = np.zeros((6, 8), np.uint8)
+        classes[:, 0], classes[:, 1] = 1, 255
+        Image.fromarray(classes).save(tmp_path / f"{name}-seg.png")
+        np.save(tmp_path / f"{name}-depth.npy", np.full((6, 8), 2.0 if name != "b" else 0.0))
+    return tmp_path
+
+
+def run(own, *arguments):
+    options = ("--data-root", str(own), "--workers", "1")
+    return CliRunner().invoke(
+        app, ["data", "check", str(own / "own.yaml"), *options, *arguments], env={"COLUMNS": "200"}
+    )
+
+
+def test_counts_by_hand(own):
+    card = cards.load(str(own / "own.yaml"))
+    summary = Summary()
+    for name in "abc":
+        summary.add(inspect(card, own, name, ("semseg", "depth")))
+    assert (summary.images, summary.pixels, dict(summary.sizes)) == (3, 3 * 48, {(6, 8): 3})
+    assert summary.labelled == {"semseg": 3 * 42, "depth": 2 * 48}
+    assert summary.unlabelled_images == {"semseg": 0, "depth": 1}
+    assert summary.classes == {"semseg": {0: 3 * 36, 1: 3 * 6}}
+    assert not summary.problems
+
+
+def test_a_good_folder(own):
+    done = run(own)
+    assert done.exit_code == 0 and "all files are readable and fit the card" in done.output
+    assert "train: 3 images, 6x8 (3)" in done.output and "val: 1 images" in done.output
+    assert "floor 85.7 %, wall 14.3 %; 1 of 3 classes never: lamp" in done.output
+
+
+def damage(own, name):
+    path = own / name
+    if name == "b.jpg":
+        path.write_bytes(path.read_bytes()[:120])
+    elif name == "b-seg.png":
+        path.write_bytes(b"")
+    elif name == "c-seg.png":
+        Image.fromarray(np.full((6, 8), 7, np.uint8)).save(path)
+    elif name == "a-depth.npy":
+        np.save(path, np.ones((5, 8)))
+    else:
+        path.unlink()
+    return path
+
+
+BAD = {
+    "b.jpg": "cannot decode image",
+    "b-seg.png": "cannot decode image",
+    "c-seg.png": "label value 7 is outside 0..2",
+    "a-depth.npy": "label is (5, 8), its image (6, 8)",
+    "d-depth.npy": "missing file",
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_bad_is_named(own, name):
+    path = damage(own, name)
+    done = run(own)
+    assert done.exit_code == 1 and "training would go wrong" in done.output
+    (line,) = [line for line in done.output.splitlines() if line.startswith("bad ")]
+    assert str(path) in line and BAD[name] in line
+
+
+def test_all_that_is_bad_is_named_and_files_of_other_tasks_are_not_read(own):
+    for name in BAD:
+        damage(own, name)
+    assert sum(line.startswith("bad ") for line in run(own).output.splitlines()) == len(BAD)
+    lines = [line for line in run(own, "--tasks", "depth").output.splitlines() if line.startswith("bad ")]
+    assert len(lines) == 3 and not any("seg" in line for line in lines)
+
+
+def test_an_image_in_both_splits_is_told(own):
+    (own / "val.txt").write_text("a d")
+    assert "1 images are in both splits, e.g. a" in run(own).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("data", "check", "scenes"), "is rendered by bench itself: there are no files to check"),
+        (("data", "check", "nyud_v3"), "unknown dataset 'nyud_v3' (did you mean 'nyud_v2'?)"),
+        (("data", "check", "nyud_v2"), "say where with --data-root FOLDER"),
+        (("data", "check", "nyud_v2", "--data-root", "nowhere"), "no such data folder: nowhere"),
+    ],
+)
+def test_errors_are_one_line(arguments, message):
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2 and message in done.output and "Traceback" not in done.output
