@@ -37,11 +37,24 @@ class Schedule(Strict):
 
 
 class Augment(Strict):
-    """Training augmentation. Angles in degrees; an angle and a factor are drawn uniformly from the ranges."""
+    """Training augmentation; every figure is drawn uniformly from its range, for each image and epoch anew.
+
+    rotate, scale   degrees to either side and zoom about the centre, the size stays (the MTLoRA family); what comes
+                    from outside is black in the image and has no label with `border: ignore`, or counts as background
+                    with `border: background`, as in the family's code
+    crop_scale      instead of squashing an image to the training size: enlarge it by a factor of this range, then cut
+                    out (or pad to) the training size, again while one class covers more than `crop_max_class` of the
+                    cut-out, ten times at most (the TIT set-up)
+    photometric     brightness by 32/255, contrast and saturation by 0.5 to 1.5, hue by 18 degrees; each half the time
+    """
 
     hflip: Fraction = 0.5
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
     scale: tuple[Positive, Positive] = (1.0, 1.0)
+    border: Literal["ignore", "background"] = "ignore"
+    crop_scale: tuple[Positive, Positive] | None = None
+    crop_max_class: Fraction = 0.75
+    photometric: bool = False
 
 
 class Measure(Strict):

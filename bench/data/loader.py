@@ -46,7 +46,7 @@ class DenseDataset(Dataset):
         sample = transforms.to_tensors(self._read(self.names[index]))
         if self.augment is not None:
             generator = seeded(self.seed, epoch, index)
-            sample = transforms.augment(sample, self.augment, generator)
+            sample = transforms.augment(sample, self.augment, generator, self.size)
         return transforms.resize(sample, self.size)
 
     def _read(self, name: str) -> dict:

@@ -8,7 +8,8 @@ zero vector (normals). Interpolation: bilinear for image and normals (renormalis
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from bench.data.decode import IGNORE
 from bench.recipe import Augment
 
 Sample = dict[str, Tensor]
+Border = Literal["ignore", "background"]
+Draw = Callable[[], float]  # uniform in [0, 1)
 
 
 def to_tensors(arrays: Mapping[str, np.ndarray]) -> Sample:
@@ -38,6 +41,11 @@ def to_tensors(arrays: Mapping[str, np.ndarray]) -> Sample:
 def ignore_value(name: str) -> float:
     """What marks a pixel without a label; for the image, black."""
     return 0.0 if name in ("image", "normals", "depth") else float(IGNORE)
+
+
+def outside_value(name: str, border: Border) -> float:
+    """What a pixel from outside the picture gets."""
+    return ignore_value(name) if border == "ignore" else 0.0
 
 
 def resize(sample: Sample, size: tuple[int, int]) -> Sample:
@@ -65,10 +73,11 @@ def hflip(sample: Sample) -> Sample:
     return out
 
 
-def rotate_and_zoom(sample: Sample, degrees: float, zoom: float) -> Sample:
+def rotate_and_zoom(sample: Sample, degrees: float, zoom: float, border: Border = "ignore") -> Sample:
     """Turn the picture clockwise (x right, y down) about its centre and enlarge it by `zoom`; the size stays.
 
-    Normals turn with the picture, depth is divided by the zoom. Pixels from outside are ignored (black in the image).
+    Normals turn with the picture, depth is divided by the zoom. Pixels from outside are ignored (black in the image),
+    or are background with `border="background"`; normals and depth have no background.
     """
     height, width = sample["image"].shape[-2:]
     angle = math.radians(degrees)
@@ -93,19 +102,78 @@ def rotate_and_zoom(sample: Sample, degrees: float, zoom: float) -> Sample:
             moved = _unit(torch.stack([cos * nx - sin * ny, sin * nx + cos * ny, nz]))
         if name == "depth":
             moved = moved / zoom
-        moved = moved.masked_fill(outside, ignore_value(name))
+        moved = moved.masked_fill(outside, outside_value(name, border))
         out[name] = (moved if x.dim() == 3 else moved[0]).to(x.dtype)
     return out
 
 
-def augment(sample: Sample, settings: Augment, generator: torch.Generator) -> Sample:
-    """Draw and apply the recipe's augmentation. The same generator state gives the same result."""
+def rescale(sample: Sample, factor: float) -> Sample:
+    """Enlarge the picture, its size follows; depth is divided by the factor."""
+    height, width = sample["image"].shape[-2:]
+    out = resize(sample, (max(round(height * factor), 1), max(round(width * factor), 1)))
+    return out | {"depth": out["depth"] / factor} if "depth" in out else out
+
+
+def crop(sample: Sample, top: int, left: int, size: tuple[int, int], border: Border = "ignore") -> Sample:
+    """Cut out (height, width) = size from row `top` and column `left`; what is missing at the end is padded."""
+    out = {}
+    for name, x in sample.items():
+        cut = x[..., top : top + size[0], left : left + size[1]]
+        missing = (0, size[1] - cut.shape[-1], 0, size[0] - cut.shape[-2])
+        out[name] = F.pad(cut, missing, value=outside_value(name, border))
+    return out
+
+
+def random_crop(sample: Sample, size: tuple[int, int], max_class: float, border: Border, draw: Draw) -> Sample:
+    """A cut-out in which no class of semseg covers more than `max_class` of what is labelled, if ten tries find one."""
+    height, width = sample["image"].shape[-2:]
+    out = sample
+    for _ in range(10):
+        top, left = (int(draw() * (max(full - part, 0) + 1)) for full, part in zip((height, width), size, strict=True))
+        out = crop(sample, top, left, size, border)
+        if "semseg" not in out:
+            break
+        labels = out["semseg"][out["semseg"] != IGNORE]
+        if labels.numel() and labels.bincount().max() <= max_class * labels.numel():
+            break
+    return out
+
+
+def photometric(image: Tensor, draw: Draw) -> Tensor:
+    """Brightness, contrast, saturation and hue of an image (3, H, W) in [0, 1], each changed half of the time."""
+    import methods.backbones.torchvision_import  # noqa: F401  isort: skip
+    from torchvision.transforms.v2 import functional as v2
+
+    if draw() < 0.5:
+        image = (image + (2 * draw() - 1) * 32 / 255).clamp(0, 1)
+    for change in (v2.adjust_contrast, v2.adjust_saturation):
+        if draw() < 0.5:
+            image = change(image, 0.5 + draw())
+    return v2.adjust_hue(image, (2 * draw() - 1) * 18 / 360) if draw() < 0.5 else image
+
+
+def augment(sample: Sample, settings: Augment, generator: torch.Generator, size: tuple[int, int]) -> Sample:
+    """Draw and apply the recipe's augmentation; the result has the training size where the recipe crops.
+
+    The same generator state gives the same result.
+    """
     flip, turn, zoom = torch.rand(3, generator=generator).tolist()
     if flip < settings.hflip:
         sample = hflip(sample)
     low, high = settings.scale
     if settings.rotate or (low, high) != (1.0, 1.0):
-        sample = rotate_and_zoom(sample, settings.rotate * (2 * turn - 1), low + (high - low) * zoom)
+        turned = settings.rotate * (2 * turn - 1)
+        sample = rotate_and_zoom(sample, turned, low + (high - low) * zoom, settings.border)
+
+    def draw() -> float:
+        return torch.rand((), generator=generator).item()
+
+    if settings.crop_scale is not None:
+        low, high = settings.crop_scale
+        sample = rescale(sample, low + (high - low) * draw())
+        sample = random_crop(sample, size, settings.crop_max_class, settings.border, draw)
+    if settings.photometric:
+        sample = sample | {"image": photometric(sample["image"], draw)}
     return sample
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from bench.data import transforms
 from bench.recipe import Augment
 
-HEIGHT, WIDTH = 48, 64
+HEIGHT, WIDTH = SIZE = 48, 64
 LABELS = ("semseg", "human_parts", "saliency", "edge", "depth", "normals")
 IGNORED = {"image": 0, "semseg": 255, "human_parts": 255, "saliency": 255, "edge": 255, "depth": 0, "normals": 0}
 
@@ -187,7 +187,7 @@ def test_resized_normals_are_unit_or_ignored():
 def test_augment_depends_on_the_generators_state_alone():
     settings = Augment(hflip=0.5, rotate=20, scale=(0.75, 1.25))
     first, again, other = (
-        transforms.augment(ramps(), settings, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+        transforms.augment(ramps(), settings, torch.Generator().manual_seed(seed), SIZE) for seed in (1, 1, 2)
     )
     for name in first:
         torch.testing.assert_close(first[name], again[name], rtol=0, atol=0)
@@ -198,9 +198,9 @@ def test_augment_depends_on_the_generators_state_alone():
 def test_augment_with_certain_outcomes(seed):
     generator = torch.Generator().manual_seed(seed)
     sample = ramps()
-    same = transforms.augment(sample, Augment(hflip=0), generator)
-    flipped = transforms.augment(sample, Augment(hflip=1), generator)
-    nearer = transforms.augment(sample, Augment(hflip=0, scale=(2, 2)), generator)
+    same = transforms.augment(sample, Augment(hflip=0), generator, SIZE)
+    flipped = transforms.augment(sample, Augment(hflip=1), generator, SIZE)
+    nearer = transforms.augment(sample, Augment(hflip=0, scale=(2, 2)), generator, SIZE)
     for name in LABELS:
         torch.testing.assert_close(same[name], sample[name], rtol=0, atol=0)
         torch.testing.assert_close(flipped[name], transforms.hflip(sample)[name], rtol=0, atol=0)
@@ -209,10 +209,104 @@ def test_augment_with_certain_outcomes(seed):
 
 def test_augment_draws_within_the_recipes_ranges(monkeypatch):
     drawn = []
-    monkeypatch.setattr(transforms, "rotate_and_zoom", lambda s, degrees, zoom: drawn.append((degrees, zoom)) or s)
+    monkeypatch.setattr(
+        transforms, "rotate_and_zoom", lambda s, degrees, zoom, border: drawn.append((degrees, zoom)) or s
+    )
     generator = torch.Generator().manual_seed(0)
     for _ in range(300):
-        transforms.augment(ramps(4, 4), Augment(rotate=20, scale=(0.75, 1.25)), generator)
+        transforms.augment(ramps(4, 4), Augment(rotate=20, scale=(0.75, 1.25)), generator, (4, 4))
     degrees, zooms = torch.tensor(drawn).T
     assert -20 <= degrees.min() < -17 and 17 < degrees.max() <= 20
     assert 0.75 <= zooms.min() < 0.8 and 1.2 < zooms.max() <= 1.25
+
+
+def test_what_comes_from_outside_may_count_as_background():
+    ignored, counted = (transforms.rotate_and_zoom(ramps(), 0, 0.5, border) for border in ("ignore", "background"))
+    outside = ignored["image"][2] < 0.5
+    for name in LABELS:
+        same = ignored[name] == counted[name]
+        assert same[..., ~outside].all(), name
+        assert not counted[name][..., outside].any(), name
+    assert (ignored["semseg"][outside] == 255).all()
+
+
+# the TIT set-up
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.8, 1.0, 1.7, 2.0])
+@pytest.mark.parametrize("top, left", [(0, 0), (7, 11)])
+def test_rescaled_cut_outs_stay_registered_to_half_a_pixel(factor, top, left):
+    moved = transforms.crop(transforms.rescale(ramps(), factor), top, left, (40, 56))
+    assert all(x.shape[-2:] == (40, 56) for x in moved.values())
+    column, row = moved["image"][0] * WIDTH, moved["image"][1] * HEIGHT
+    inside = moved["image"][2] > 0.5
+    assert (moved["depth"] * factor - 1 - column)[inside].abs().max() <= max(0.5, 0.5 / factor) + 1e-2
+    assert (moved["semseg"] - row)[inside].abs().max() <= max(0.5, 0.5 / factor) + 1e-2
+    # Where a pixel of the cut-out lies in the picture, in closed form (pixel centres; blurred only near the rim).
+    ys, xs = torch.meshgrid(torch.arange(40), torch.arange(56), indexing="ij")
+    wide, high = round(WIDTH * factor) / WIDTH, round(HEIGHT * factor) / HEIGHT  # sizes are whole pixels
+    expected_x, expected_y = (xs + left + 0.5) / wide - 0.5, (ys + top + 0.5) / high - 0.5
+    middle = inside & (expected_x > 3) & (expected_x < WIDTH - 4) & (expected_y > 3) & (expected_y < HEIGHT - 4)
+    assert middle.any()
+    torch.testing.assert_close(column[middle], expected_x[middle], rtol=0, atol=0.1)
+    torch.testing.assert_close(row[middle], expected_y[middle], rtol=0, atol=0.1)
+
+
+def test_a_cut_out_larger_than_the_picture_is_padded():
+    moved = transforms.crop(ramps(), 0, 0, (60, 70))
+    for name, value in IGNORED.items():
+        assert (moved[name][..., HEIGHT:, :] == value).all() and (moved[name][..., WIDTH:] == value).all(), name
+        torch.testing.assert_close(moved[name][..., :HEIGHT, :WIDTH], ramps()[name], rtol=0, atol=0)
+
+
+def test_cut_outs_are_drawn_evenly_from_all_places():
+    sample = {"image": torch.stack([ramps()["image"][0]] * 3)}
+    generator = torch.Generator().manual_seed(0)
+    places = []
+    for _ in range(400):
+        cut = transforms.random_crop(
+            sample, (48, 60), 1.0, "ignore", lambda: torch.rand((), generator=generator).item()
+        )
+        places.append(round(cut["image"][0, 0, 0].item() * WIDTH))
+    counts = np.bincount(places, minlength=5)
+    assert len(counts) == 5 and counts.min() > 50
+
+
+def test_cut_outs_of_one_class_are_drawn_again():
+    """A quarter of the picture is mixed: with a limit, nearly all cut-outs show it."""
+    labels = torch.zeros(20, 40, dtype=torch.long)
+    labels[:, 30:] = torch.arange(10) % 2
+    sample = {"image": torch.zeros(3, 20, 40), "semseg": labels}
+    generator = torch.Generator().manual_seed(0)
+
+    def mixed(limit):
+        cuts = [
+            transforms.random_crop(
+                sample, (20, 10), limit, "ignore", lambda: torch.rand((), generator=generator).item()
+            )
+            for _ in range(100)
+        ]
+        return sum((cut["semseg"] == 1).float().mean().item() >= 0.25 for cut in cuts)
+
+    assert mixed(1.0) < 40 and mixed(0.75) > 75
+
+
+def test_photometric_distortion_stays_in_range_and_touches_the_image_alone():
+    settings, sample = Augment(hflip=0, photometric=True), ramps()
+    changed = [transforms.augment(sample, settings, torch.Generator().manual_seed(s), SIZE) for s in range(20)]
+    assert all(0 <= out["image"].min() and out["image"].max() <= 1 for out in changed)
+    assert sum(not torch.equal(out["image"], sample["image"]) for out in changed) > 14
+    assert all(out[name] is sample[name] for out in changed for name in LABELS)
+
+
+def test_brightness_moves_by_a_constant():
+    draws = iter([0.1, 1.0, 0.9, 0.9, 0.9])
+    grey = torch.full((3, 4, 4), 0.5)
+    torch.testing.assert_close(transforms.photometric(grey, lambda: next(draws)), grey + 32 / 255)
+
+
+def test_a_cropping_recipe_gives_the_training_size():
+    settings = Augment(crop_scale=(0.5, 2.0), photometric=True, rotate=10)
+    for seed in range(5):
+        out = transforms.augment(ramps(), settings, torch.Generator().manual_seed(seed), (32, 40))
+        assert all(x.shape[-2:] == (32, 40) for x in out.values())
