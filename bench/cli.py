@@ -57,7 +57,7 @@ def run(
     ] = None,
     data_root: Annotated[Path | None, typer.Option(help="Folder that the card's files lie in.")] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Comma-separated subset of the card's tasks. (default: all)")
+        str | None, typer.Option(help="Comma-separated subset of the card's tasks. (default: the card's choice)")
     ] = None,
     protocol: Annotated[
         str | None, typer.Option(help="published: each paper's own decoder; equal: one for all. (default: published)")

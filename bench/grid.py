@@ -214,7 +214,7 @@ def _buildable(
         with torch.device("meta"):
             frame = load_backbone(backbone, size, WeightSource("random"))
             try:
-                method.build(frame, data.card.channels(data.tasks), Setting(settings.protocol, settings.decoder))
+                method.try_build(frame, data.card.channels(data.tasks), Setting(settings.protocol, settings.decoder))
             except MethodError as error:
                 refusals.append(error)
                 continue

@@ -34,7 +34,7 @@ class MethodInfo(Part):
     title: str
     family: str
     citation: str = ""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {}  # all of them, defaults too: a later version may have others
     published_row: str | None = None  # the row of the papers' tables that these options stand for
 
 

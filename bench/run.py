@@ -5,6 +5,7 @@ Progress goes to standard output as one JSON object a line; everything else that
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -38,7 +39,7 @@ def method_info(expression: str) -> MethodInfo:
         title=configured.title,
         family=method.family,
         citation=method.citation,
-        options=configured.changed(),
+        options=dataclasses.asdict(configured.options),
         published_row=configured.published_row,
     )
 

@@ -18,6 +18,7 @@ Count (Swin-T)  5,878,784 (published: "one-fifth" of 30.06 M).
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,8 @@ from methods.layers.task_streams import require_swin, taps_after_merging, with_f
 from methods.model import Features, MultiTaskModel, Setting
 from methods.registry import Method, MethodError, at_least_one, near, register
 
+EXAMPLE = "semseg+human_parts-saliency+normals"
+
 
 @dataclass(frozen=True)
 class Options:
@@ -47,6 +50,8 @@ class Options:
         at_least_one(rank=self.rank, group_rank=self.group_rank, task_rank=self.task_rank, batches=self.batches)
         if self.groups.isdigit():
             at_least_one(groups=int(self.groups))
+        elif not re.fullmatch(r"[a-z]\w*([+-][a-z]\w*)*", self.groups):
+            raise ValueError(f"groups must be auto, a number, or groups like {EXAMPLE}, not {self.groups!r}")
 
 
 class BlockLoRA(nn.Module):
@@ -168,9 +173,8 @@ def initial_groups(text: str, tasks: Sequence[str]) -> list[int]:
     named = [task for group in groups for task in group]
     unknown = [task for task in named if task not in tasks]
     if unknown:
-        raise MethodError(
-            f"progressive: no task {unknown[0]!r} to group{near(unknown[0], tasks)}; tasks: {', '.join(tasks)}"
-        )
+        hint = near(unknown[0], tasks)
+        raise MethodError(f"progressive: no task {unknown[0]!r} to group{hint}; groups are written like {EXAMPLE}")
     if sorted(named) != sorted(tasks):
         raise MethodError(f"progressive: groups={text} must name every task once; tasks: {', '.join(tasks)}")
     return [next(g for g, members in enumerate(groups) if task in members) for task in tasks]

@@ -12,9 +12,11 @@ import itertools
 import math
 import pkgutil
 import re
+import traceback
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import methods
@@ -95,6 +97,16 @@ class Configured:
         """Build the MultiTaskModel; `tasks` maps a task name to its number of output channels."""
         return self.method.build(backbone, tasks, self.options, setting)
 
+    def try_build(self, backbone: Any, tasks: Mapping[str, int], setting: Any) -> Any:
+        """`build` where only its success counts, on the meta device. Raises MethodError for a fault in the method's own
+        code too: what went wrong, and in which line."""
+        try:
+            return self.build(backbone, tasks, setting)
+        except MethodError:
+            raise
+        except Exception as error:
+            raise MethodError(f"{self.method.name} cannot be built on {backbone.name}: {described(error)}") from error
+
 
 def at_least_one(**values: int) -> None:
     """For the checks of options. Raises ValueError for a value below 1."""
@@ -144,7 +156,12 @@ def all_methods() -> dict[str, Method]:
     """Every registered method by name, after importing each file of this folder once."""
     for module in pkgutil.iter_modules(methods.__path__):
         if not module.ispkg:
-            importlib.import_module(f"methods.{module.name}")
+            try:
+                importlib.import_module(f"methods.{module.name}")
+            except MethodError:
+                raise
+            except Exception as error:  # whatever a new file may do wrong
+                raise MethodError(f"methods/{module.name}.py cannot be imported: {described(error)}") from error
     return dict(sorted(_METHODS.items()))
 
 
@@ -240,6 +257,15 @@ def _show(value: Any) -> str:
         return "on" if value else "off"
     short = f"{value:g}" if isinstance(value, float) else str(value)
     return repr(value) if isinstance(value, float) and float(short) != value else short
+
+
+def described(error: Exception) -> str:
+    """Kind, first line and place of an exception, on one line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "methods" in Path(frame.filename).parts] or frames
+    place = f" (methods/{Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text}{place}"
 
 
 def near(word: str, known: Iterable[str]) -> str:

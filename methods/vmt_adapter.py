@@ -134,7 +134,7 @@ class VMTEncoder(nn.Module):
 
 
 def build(backbone: Backbone, tasks: Mapping[str, int], options: Options, setting: Setting) -> MultiTaskModel:
-    backbone = require_blocks("vmt_adapter", backbone)
+    backbone = require_blocks("vmt_adapter_lite" if isinstance(options, LiteOptions) else "vmt_adapter", backbone)
     return with_decoder(VMTEncoder(backbone, tasks, options), backbone, tasks, setting)
 
 

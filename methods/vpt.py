@@ -103,7 +103,8 @@ class PromptedEncoder(nn.Module):
 
 def build(backbone: Backbone, tasks: Mapping[str, int], options: ShallowOptions, setting: Setting) -> MultiTaskModel:
     if not isinstance(backbone, (SwinBackbone, ViTBackbone)):
-        raise MethodError(f"VPT needs a Swin Transformer or a plain ViT and cannot run on {backbone.name}")
+        name = "vpt_deep" if isinstance(options, DeepOptions) else "vpt_shallow"
+        raise MethodError(f"{name} needs a Swin Transformer or a plain ViT and cannot run on {backbone.name}")
     return with_decoder(PromptedEncoder(backbone, tasks, options), backbone, tasks, setting, independent=True)
 
 

@@ -1,5 +1,6 @@
 """The README's example of a new method works as printed."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import methods
+from bench.data import card as cards
 from methods import registry
 from methods.backbones.load import WeightSource, load_backbone
 from methods.model import Setting
@@ -43,6 +45,29 @@ def test_example_method_is_found_built_and_trained(newcomer):
     }
     sum(out.square().mean() for out in outputs.values()).backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+def test_example_method_passes_the_conformance_tests(newcomer, build, tasks, tiny_swin):
+    """As `pytest tests/methods/test_conformance.py -k scale_shift` would run them, were the file in methods/."""
+    path = README.parent / "tests" / "methods" / "test_conformance.py"
+    spec = importlib.util.spec_from_file_location("conformance_of_the_readme", path)
+    conformance = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conformance)
+    assert "scale_shift" in conformance.METHODS
+    for protocol in ("published", "equal"):
+        conformance.test_outputs(build, tasks, "scale_shift", protocol, None)
+        conformance.test_training(build, "scale_shift", protocol)
+    for test in ("same_seed_same_outputs", "bfloat16", "images_of_a_batch_do_not_meet"):
+        getattr(conformance, f"test_{test}")(build, "scale_shift")
+    conformance.test_start(build, "scale_shift", tiny_swin)
+    conformance.test_backbone_passes(build, "scale_shift", tasks)
+
+
+def test_card_of_the_readme_loads(tmp_path):
+    (text,) = re.findall(r"    name: street\n(?:    .*\n)+", README.read_text(encoding="utf-8"))
+    (tmp_path / "street.yaml").write_text(text.replace("    ", "", 1).replace("\n    ", "\n"), encoding="utf-8")
+    card = cards.load(str(tmp_path / "street.yaml"))
+    assert card.channels(tuple(card.tasks)) == {"semseg": 4, "depth": 1}
 
 
 def test_commands_of_the_readme_exist():

@@ -65,6 +65,7 @@ def _sections(record: Record) -> dict[str, dict[str, Any]]:
     seconds = pd.Series(time.samples if time else [], dtype=float)
     return {
         record.method.title: {"status": record.status.replace("_", " "), "family": record.method.family} | random,
+        "Options": _flat(record.method.options),
         "Failure": _flat(record.failure.model_dump()) if record.failure else {},
         "Cell": _flat(record.spec.model_dump(exclude={"recipe"})),
         "Recipe": _flat(record.spec.recipe.model_dump()),
@@ -80,11 +81,18 @@ def _sections(record: Record) -> dict[str, dict[str, Any]]:
             "steps": f"{len(seconds)} after {time.warmup} of warm-up", "batch size": time.batch_size,
         } if time else {},
         "Found before training": {
-            key: json.dumps(value) if isinstance(value, (list, dict)) else value
+            key: json.dumps(_rounded(value)) if isinstance(value, (list, dict)) else value
             for key, value in record.preparation.items()
         },
         "Metrics": metrics,
     }  # fmt: skip
+
+
+def _rounded(value: Any) -> Any:
+    """Nested lists with their fractions to three places."""
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return round(value, 3) if isinstance(value, float) else value
 
 
 def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:

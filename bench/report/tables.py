@@ -232,7 +232,8 @@ def _delta_cells(figures: pd.DataFrame, against: Baseline) -> dict[str, Any]:
 def _parameters(group: Group, records: Sequence[Record]) -> dict[str, float]:
     """Millions of trainable parameters; beside them the printed count, where it is of the same decoder and backbone."""
     known = next((record.parameters for record in _counted(records) if record.parameters), None)
-    comparable = group.spec.protocol == "published" and group.spec.decoder is None
+    same_tasks = set(group.spec.tasks) == set(published.TASKS)
+    comparable = group.spec.protocol == "published" and group.spec.decoder is None and same_tasks
     row = records[0].method.published_row if comparable else None
     counts = {column: getattr(known, name) / 1e6 for column, name in _SPLIT.items()} if known else {}
     return counts | {

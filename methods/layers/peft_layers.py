@@ -15,8 +15,8 @@ from methods.registry import MethodError, near
 ATTENTION = r".*\.attn\.(qkv|q|kv)"
 BLOCK = r".*\.(attn\.(qkv|q|kv|proj)|mlp\.(fc1|fc2))"
 FEED_FORWARD = r".*\.mlp\.fc2"
-# They have targets, but linear layers are not theirs, or their forward wants more than a map.
-ELSEWHERE = {"ADAPTION_PROMPT", "LN_TUNING", "POLY", "TRAINABLE_TOKENS"}
+# They have targets, but linear layers are not theirs, or they want more than a map: a task's number, a step's number.
+ELSEWHERE = {"ADALORA", "ADAPTION_PROMPT", "LN_TUNING", "POLY", "TRAINABLE_TOKENS"}
 
 
 def tuner_names() -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 
 import methods
 from methods import registry
-from methods.registry import Method, MethodError, all_methods, get, parse, register
+from methods.registry import Configured, Method, MethodError, NoOptions, all_methods, get, parse, register
 
 
 def canonical(text):
@@ -105,11 +105,13 @@ def test_aliases_lead_to_the_method():
         ("vmt_adapter[s=1]", r"vmt_adapter: s must be between 0 and 1, not 1"),
         ("vmt_adapter_lite[m=0]", r"vmt_adapter_lite: m must be at least 1, not 0"),
         ("ditask[cells=1]", r"ditask: cells and task_cells must be at least 2, not 1 and 4"),
+        ("progressive[groups=-1]", r"groups must be auto, a number, or groups like semseg\+human_parts-saliency"),
+        ("progressive[groups=a/b]", r"groups must be auto, a number, or groups like semseg\+human_parts-saliency"),
         ("progressive[groups=0]", r"progressive: groups must be at least 1, not 0"),
         ("adapter[sharing=share]", r"'share' is not one of per_task, shared \(did you mean 'shared'\?\)"),
         ("peft:dorra", r"peft has no method 'dorra' for linear layers \(did you mean 'dora'\?\)"),
         ("peft:dora[rank=-1]", r"peft:dora: rank must be at least 1, or 0 for the tuner's own, not -1"),
-        ("peft:adalora", r"peft:adalora cannot be set up"),
+        ("peft:adalora", r"peft has no method 'adalora' for linear layers"),
         ("ours[r=2", r"unbalanced brackets in 'ours\[r=2'"),
         ("ours r=2]", r"unbalanced brackets"),
         ("ours]r=2[", r"cannot read method expression"),
@@ -170,3 +172,23 @@ def test_a_new_file_is_found_by_itself(clean_registry, monkeypatch, tmp_path):
             get("newcommer")
     finally:
         sys.modules.pop("methods.newcomer_method", None)
+
+
+def test_a_file_that_cannot_be_imported_is_named(tmp_path, monkeypatch):
+    (tmp_path / "spoilt_method.py").write_text("import torch\nfrom nowhere_at_all import nothing\n")
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    with pytest.raises(
+        MethodError, match=r"methods/spoilt_method.py cannot be imported: ModuleNotFoundError"
+    ) as caught:
+        all_methods()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_fault_in_a_methods_code_names_method_backbone_and_line(tiny_swin):
+    def build(backbone, tasks, options, setting):
+        return backbone.no_such_thing
+
+    method = Method(name="faulty", title="Faulty", family="multi-task PEFT", citation="", build=build)
+    message = r"faulty cannot be built on tiny_swin: AttributeError: .*no_such_thing.* line \d+\)"
+    with pytest.raises(MethodError, match=message):
+        Configured(method, NoOptions()).try_build(tiny_swin(), {}, None)

@@ -390,10 +390,14 @@ def test_published_rows_follow_backbone_and_pretraining(tmp_path):
     assert "published #TP (M)" not in tables.efficiency_table(only(tmp_path / "vit"))
 
 
-def test_published_parameters_stand_beside_measured_ones_under_that_protocol_only(tmp_path):
-    make(tmp_path / "published", "ours")
+def test_published_parameters_stand_beside_measured_ones_of_that_protocol_and_those_tasks_only(tmp_path):
+    theirs = {"figures": dict.fromkeys(published.TASKS, 50.0), "tasks": published.TASKS}
+    make(tmp_path / "published", "ours", **theirs)
     assert measured(tables.accuracy_table(only(tmp_path / "published"))).loc["Ours", "published #TP (M)"] == 2.36
-    for name, change in {"equal": {"protocol": "equal"}, "override": {"decoder": "hrnet"}}.items():
+    others = {
+        "equal": theirs | {"protocol": "equal"}, "override": theirs | {"decoder": "hrnet"}, "two tasks": {},
+    }  # fmt: skip
+    for name, change in others.items():
         make(tmp_path / name, "ours", **change)
         assert "published #TP (M)" not in tables.accuracy_table(only(tmp_path / name))
 
