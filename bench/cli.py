@@ -90,6 +90,9 @@ def run(
     limit_val: Annotated[
         int | None, typer.Option(min=1, help="Use this many validation images, evenly spaced.")
     ] = None,
+    eval_size: Annotated[
+        str | None, typer.Option(help="Metrics at network size, or at the labels' original size. (default: network)")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     workers: Annotated[
         int | None, typer.Option(min=0, help="Loader processes. (default: none on a CPU, up to 8 on a GPU)")
@@ -107,7 +110,7 @@ def run(
         "methods": methods, "backbone": backbone, "dataset": dataset, "tasks": tasks, "protocol": protocol,
         "decoder": decoder, "recipe": recipe, "image_size": image_size, "batch_size": batch_size, "epochs": epochs,
         "steps": steps, "precision": precision, "seeds": seeds, "weights": weights, "limit_train": limit_train,
-        "limit_val": limit_val,
+        "limit_val": limit_val, "eval_size": eval_size,
     }  # fmt: skip
     chosen = {k: v for k, v in given.items() if v is not None}
     jobs = grid.jobs(suite, chosen, data_root, device, workers, out, tell=errors.print)

@@ -21,7 +21,7 @@ from bench.data import card as cards
 from bench.data.card import Card
 from bench.errors import BenchError, did_you_mean
 from bench.measure import provenance
-from bench.spec import Job, Precision, Protocol, RunSpec
+from bench.spec import EvalSize, Job, Precision, Protocol, RunSpec
 
 Positive = Annotated[int, Field(gt=0)]
 DECODERS = ("segformer", "hrnet", "highres")
@@ -48,6 +48,7 @@ class Settings(BaseModel):
     weights: str = "auto"
     limit_train: Positive | None = None
     limit_val: Positive | None = None
+    eval_size: str = "network"
 
 
 class Suite(BaseModel):
@@ -134,6 +135,7 @@ def jobs(
                 weights=f"file:{weights.sha256}" if weights.source == "file" else weights.source,
                 limit_train=data.limit_train,
                 limit_val=data.limit_val,
+                eval_size=settings.eval_size,
                 device=place.slug,
                 seed=seed,
             )
@@ -161,6 +163,7 @@ def _settings(suite: str | None, given: Mapping[str, Any]) -> Settings:
     if not settings.methods:
         raise BenchError("no method given; e.g. --methods ours,mtlora, or --suite table1")
     _one_of("protocol", settings.protocol, get_args(Protocol))
+    _one_of("eval-size", settings.eval_size, get_args(EvalSize))
     _one_of("precision", settings.precision, get_args(Precision))
     if settings.decoder is not None:
         _one_of("decoder", settings.decoder, DECODERS)

@@ -129,7 +129,10 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     record.history, record.loader_wait = progress.history, progress.loader_wait
 
     emit("phase", name="evaluate")
-    val_set = DenseDataset(card, "val", spec.tasks, spec.image_size, job.data_root, spec.limit_val)
+    val_set = DenseDataset(
+        card, "val", spec.tasks, spec.image_size, job.data_root, spec.limit_val,
+        original_labels=spec.eval_size == "original",
+    )  # fmt: skip
     fit_set = DenseDataset(
         card, "train", spec.tasks, spec.image_size, job.data_root, min(spec.limit_train or FLOOR_SAMPLES, FLOOR_SAMPLES)
     )

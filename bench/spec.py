@@ -15,6 +15,9 @@ Protocol = Literal["published", "equal"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
+EvalSize = Literal["network", "original"]  # where metrics are computed: the size the network sees, or the labels' own
+
+
 class RunSpec(BaseModel):
     """Everything that decides a cell's figures, and nothing else: no paths, no progress settings.
 
@@ -40,6 +43,7 @@ class RunSpec(BaseModel):
     weights: str  # "timm", "random" or "file:<sha256>"
     limit_train: int | None = None
     limit_val: int | None = None
+    eval_size: EvalSize = "network"
     device: str  # "cpu", or the GPU's name as a slug
     seed: int
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bench.data import card as cards
@@ -20,7 +21,10 @@ Key = tuple[int, int]  # (epoch, index): what an augmented sample depends on, be
 
 
 class DenseDataset(Dataset):
-    """Samples of one split at `size`; with `augment`, sample (epoch, i) depends on seed, epoch and i alone."""
+    """Samples of one split at `size`; with `augment`, sample (epoch, i) depends on seed, epoch and i alone.
+
+    With `original_labels` the image alone has that size, and the labels keep their own.
+    """
 
     def __init__(
         self,
@@ -32,7 +36,9 @@ class DenseDataset(Dataset):
         limit: int | None = None,
         augment: Augment | None = None,
         seed: int = 0,
+        original_labels: bool = False,
     ) -> None:
+        self.original_labels = original_labels
         self.card, self.tasks, self.size, self.root = card, tasks, size, root
         self.names = cards.ids(card, split, root, limit)
         cards.check_files(card, root, self.names, tasks)
@@ -47,6 +53,8 @@ class DenseDataset(Dataset):
         if self.augment is not None:
             generator = seeded(self.seed, epoch, index)
             sample = transforms.augment(sample, self.augment, generator, self.size)
+        if self.original_labels:
+            return sample | transforms.resize({"image": sample["image"]}, self.size)
         return transforms.resize(sample, self.size)
 
     def _read(self, name: str) -> dict:
@@ -106,5 +114,20 @@ def training_batches(
 
 
 def validation_batches(dataset: DenseDataset, batch_size: int, workers: int, pin: bool) -> DataLoader:
-    """In order, the last batch possibly smaller."""
-    return DataLoader(dataset, batch_size=batch_size, num_workers=workers, pin_memory=pin)
+    """In order, the last batch possibly smaller. Labels of original size come as a list, one an image."""
+    collate = _images_stacked if dataset.original_labels else None
+    return DataLoader(dataset, batch_size=batch_size, num_workers=workers, pin_memory=pin, collate_fn=collate)
+
+
+def _images_stacked(samples: list[transforms.Sample]) -> dict[str, Any]:
+    batch: dict[str, Any] = {name: [sample[name] for sample in samples] for name in samples[0]}
+    return batch | {"image": torch.stack(batch["image"])}
+
+
+def labelled_parts(labels: Tensor | list[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    """Which images of a batch have one label tensor (n, ...): all of them, or each its own."""
+    if isinstance(labels, Tensor):
+        yield slice(None), labels
+    else:
+        for index, label in enumerate(labels):
+            yield slice(index, index + 1), label.unsqueeze(0)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.data.decode import IGNORE
+from bench.data.loader import labelled_parts
 from bench.train import metrics
 
 CERTAIN = 20.0  # a logit that no threshold exceeds
@@ -51,8 +52,8 @@ def score_constants(
     """Metrics of the constant predictions over a set, as `evaluate` gives them for a model."""
     accumulators = {task: metrics.make(task, n) for task, n in channels.items()}
     for batch in batches:
-        count, _, height, width = batch["image"].shape
         for task, accumulator in accumulators.items():
-            logits = constants[task].view(1, -1, 1, 1).expand(count, -1, height, width)
-            accumulator.update(logits, batch[task])
+            for _, label in labelled_parts(batch[task]):
+                logits = constants[task].view(1, -1, 1, 1).expand(len(label), -1, *label.shape[-2:])
+                accumulator.update(logits, label)
     return {task: accumulator.compute() for task, accumulator in accumulators.items()}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bench.data.loader import DenseDataset, training_batches, validation_batches
+from bench.data.loader import DenseDataset, labelled_parts, training_batches, validation_batches
 from bench.errors import BenchError
 from bench.recipe import Recipe, Schedule
 from bench.train import metrics
@@ -221,7 +222,8 @@ def evaluate(
     accelerator: Accelerator,
     report: Callable[[int, int], None],
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[float | None]]]:
-    """Metrics of every task at network resolution, and IoU by class where a task has classes."""
+    """Metrics of every task at the labels' resolution (the network's, unless the data set keeps original labels: then
+    predictions are resized to each), and IoU by class where a task has classes."""
     device = accelerator.device
     was_training = model.training
     model.eval()
@@ -231,15 +233,25 @@ def evaluate(
         batch = to_device(host_batch, device)
         outputs = model(batch["image"])
         for task, accumulator in accumulators.items():
-            accumulator.update(outputs[task].float(), batch[task])
+            for images, label in labelled_parts(batch[task]):
+                logits = outputs[task][images]
+                if logits.shape[-2:] != label.shape[-2:]:
+                    logits = upsample_logits(logits, label.shape[-2:])
+                accumulator.update(logits.float(), label)
         report(index + 1, len(batches))
     model.train(was_training)
     values = {task: accumulator.compute() for task, accumulator in accumulators.items()}
     return values, {t: a.per_class() for t, a in accumulators.items() if isinstance(a, metrics.MeanIoU)}
 
 
-def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch of tensors, or of lists of them."""
+    return {
+        name: [each.to(device, non_blocking=True) for each in value]
+        if isinstance(value, list)
+        else value.to(device, non_blocking=True)
+        for name, value in batch.items()
+    }
 
 
 def save_checkpoint(path: Path, trainer: Trainer, progress: Progress) -> None:

@@ -6,16 +6,21 @@ import math
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from PIL import Image
 
 from bench.data import card as cards
-from bench.data.loader import DenseDataset
+from bench.data.loader import DenseDataset, validation_batches
 from bench.errors import BenchError
 from bench.measure.profile import synthetic_batch
 from bench.recipe import Augment, Optimizer, Recipe, Schedule
+from bench.train import metrics
+from bench.train.floor import score_constants
 from bench.train.loop import (
     DivergedError,
     Progress,
@@ -484,6 +489,64 @@ def test_evaluation_scores_the_models_own_outputs(trainer, card, tasks):
     expected = {"semseg": 100, "human_parts": parts, "saliency": 100, "normals": 0}
     assert perfect == pytest.approx(expected, abs=1e-3, nan_ok=True)
     assert opposite["semseg"] < 1 and opposite["saliency"] < 50 and opposite["normals"] == pytest.approx(180, abs=1e-3)
+
+
+# at original size
+
+
+@pytest.fixture
+def odd(tmp_path):
+    """Three validation images of different sizes with classes, depth and a mask."""
+    card = {
+        "name": "odd", "title": "Odd sizes", "image_size": list(SIZE), "image": "{id}.png",
+        "splits": {"train": "ids.txt", "val": "ids.txt"},
+        "tasks": {
+            "semseg": {"path": "{id}-seg.png", "classes": ["a", "b", "c"]},
+            "saliency": {"path": "{id}-sal.png"},
+            "depth": {"path": "{id}-depth.npy"},
+        },
+    }  # fmt: skip
+    (tmp_path / "odd.yaml").write_text(yaml.safe_dump(card))
+    (tmp_path / "ids.txt").write_text("x y z")
+    generator = np.random.default_rng(0)
+    for name, size in zip("xyz", ((30, 47), (64, 21), (32, 32)), strict=True):
+        Image.fromarray(generator.integers(0, 256, (*size, 3), np.uint8)).save(tmp_path / f"{name}.png")
+        Image.fromarray(generator.integers(0, 3, size).astype(np.uint8)).save(tmp_path / f"{name}-seg.png")
+        Image.fromarray(generator.integers(0, 2, size).astype(np.uint8)).save(tmp_path / f"{name}-sal.png")
+        np.save(tmp_path / f"{name}-depth.npy", generator.uniform(1, 5, size))
+    return tmp_path
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@torch.no_grad()
+def test_evaluation_at_original_size_image_by_image(trainer, odd, batch):
+    """Predictions are resized to each label, whatever the batches; labels are not touched."""
+    card = cards.load(str(odd / "odd.yaml"))
+    channels = card.channels(tuple(card.tasks))
+    runner = trainer(tasks=channels)
+    val = DenseDataset(card, "val", tuple(channels), SIZE, odd, original_labels=True)
+    ours, _ = evaluate(runner.model, val, channels, batch, 0, runner.accelerator, lambda *args: None)
+    accumulators = {task: metrics.make(task, n) for task, n in channels.items()}
+    runner.model.eval()
+    for index in range(3):
+        sample = val[index]
+        assert sample["image"].shape[-2:] == SIZE
+        assert sample["semseg"].shape == ((30, 47), (64, 21), (32, 32))[index]
+        outputs = runner.model(sample["image"][None])
+        for task, accumulator in accumulators.items():
+            size = sample[task].shape[-2:]
+            resized = torch.nn.functional.interpolate(outputs[task], size, mode="bilinear", align_corners=False)
+            accumulator.update(resized, sample[task][None])
+    for task, accumulator in accumulators.items():
+        assert ours[task] == pytest.approx(accumulator.compute(), rel=1e-6)
+
+    network = DenseDataset(card, "val", tuple(channels), SIZE, odd)
+    theirs, _ = evaluate(runner.model, network, channels, batch, 0, runner.accelerator, lambda *args: None)
+    assert theirs["depth"]["rmse"] != ours["depth"]["rmse"]
+
+    floor = score_constants({"depth": torch.tensor([3.0])}, validation_batches(val, batch, 0, pin=False), {"depth": 1})
+    truth = torch.cat([val[i]["depth"].flatten() for i in range(3)])
+    assert floor["depth"]["rmse"] == pytest.approx((truth - 3).square().mean().sqrt().item(), rel=1e-5)
 
 
 # before training
