@@ -205,6 +205,41 @@ def check(
         raise typer.Exit(1)
 
 
+@data.command()
+@one_line_errors
+def preview(
+    dataset: DATASET,
+    data_root: DATA_ROOT = None,
+    tasks: TASK_LIST = None,
+    split: Annotated[str, typer.Option(help="train or val.")] = "train",
+    count: Annotated[int, typer.Option(min=1, help="Samples, evenly spaced.")] = 6,
+    image_size: Annotated[str | None, typer.Option(help="224, or HEIGHTxWIDTH. (default: the card's)")] = None,
+    augment: Annotated[
+        str | None, typer.Option(help="A recipe: draw the samples after its augmentation, the first epoch's.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the augmentation.")] = 0,
+    out: Annotated[Path, typer.Option(help="Where the sheet goes.")] = Path("preview.png"),
+) -> None:
+    """A PNG sheet of samples with every task drawn, as training sees them."""
+    from bench import recipe
+    from bench.data import card as cards
+    from bench.data import preview
+    from bench.data.loader import DenseDataset
+    from bench.errors import did_you_mean
+    from bench.grid import parse_size
+
+    if split not in ("train", "val"):
+        raise BenchError(f"unknown split {split!r}{did_you_mean(split, ('train', 'val'))}; one of: train, val")
+    card = cards.load(dataset)
+    chosen = cards.choose_tasks(card, tasks) if tasks else tuple(card.tasks)
+    changes = recipe.load(augment).augment if augment else None
+    size = parse_size(image_size) or card.image_size
+    samples = DenseDataset(card, split, chosen, size, data_root, count, changes, seed)
+    preview.save(preview.sheet(samples, range(len(samples))), out)
+    console = Console()
+    console.print(f"{len(samples)} samples of {card.name} {split} at {size[0]}x{size[1]}: {out}", soft_wrap=True)
+
+
 @app.command("list")
 @one_line_errors
 def list_(what: Annotated[str, typer.Argument(help="methods, backbones, datasets, recipes or suites")]) -> None:
