@@ -197,11 +197,12 @@ def check(
     """Read every file once: counts, unreadable files, label values, sizes. Exit code 1: training would go wrong."""
     from bench.data import card as cards
     from bench.data.check import check
+    from bench.measure import provenance
 
     card = cards.load(dataset)
     chosen = cards.choose_tasks(card, tasks) if tasks else tuple(card.tasks)
     root = data_root if card.source != "files" else cards.require_root(card, data_root)
-    if not check(card, root, chosen, Console(), workers):
+    if not check(card, root, chosen, Console(), workers or provenance.usable_cores()):
         raise typer.Exit(1)
 
 

@@ -18,7 +18,6 @@ from bench.data import card as cards
 from bench.data import decode
 from bench.data.card import Card
 from bench.errors import BenchError
-from bench.measure import provenance
 from bench.tasks import TASKS
 
 
@@ -83,8 +82,8 @@ def inspect(card: Card, root: Path, name: str, tasks: Sequence[str]) -> Sample:
     return found
 
 
-def check(card: Card, root: Path, tasks: Sequence[str], console: Console, workers: int | None = None) -> bool:
-    """Read both splits, print a summary; whether training would go well.
+def check(card: Card, root: Path, tasks: Sequence[str], console: Console, workers: int) -> bool:
+    """Read both splits in so many processes, print a summary; whether training would go well.
 
     Raises BenchError where there is no list of ids, or nothing to read.
     """
@@ -96,7 +95,7 @@ def check(card: Card, root: Path, tasks: Sequence[str], console: Console, worker
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with (
         Progress(*columns, console=console, transient=True) as progress,
-        ProcessPoolExecutor(workers or provenance.usable_cores()) as pool,
+        ProcessPoolExecutor(workers) as pool,
     ):
         for split, names in splits.items():
             bar = progress.add_task(split, total=len(names))
