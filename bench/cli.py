@@ -93,6 +93,9 @@ def run(
     eval_size: Annotated[
         str | None, typer.Option(help="Metrics at network size, or at the labels' original size. (default: network)")
     ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Read all files first and do without unreadable images.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     workers: Annotated[
         int | None, typer.Option(min=0, help="Loader processes. (default: none on a CPU, up to 8 on a GPU)")
@@ -112,7 +115,7 @@ def run(
         "steps": steps, "precision": precision, "seeds": seeds, "weights": weights, "limit_train": limit_train,
         "limit_val": limit_val, "eval_size": eval_size,
     }  # fmt: skip
-    chosen = {k: v for k, v in given.items() if v is not None}
+    chosen = {k: v for k, v in given.items() if v is not None} | ({"skip_bad": True} if skip_bad else {})
     jobs = grid.jobs(suite, chosen, data_root, device, workers, out, tell=errors.print)
     if dry_run:
         _print_cells(jobs, console)

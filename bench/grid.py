@@ -49,6 +49,7 @@ class Settings(BaseModel):
     limit_train: Positive | None = None
     limit_val: Positive | None = None
     eval_size: str = "network"
+    skip_bad: bool = False
 
 
 class Suite(BaseModel):
@@ -74,6 +75,7 @@ class Data:
     fingerprint: str
     limit_train: int | None
     limit_val: int | None
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def jobs(
     settings = _settings(suite, given)
     recipe = recipes.load(settings.recipe)
     seeds = _seeds(str(settings.seeds))
-    data = _data(settings, recipe, data_root)
+    data = _data(settings, recipe, data_root, tell)
     size = parse_size(settings.image_size) or recipe.image_size or data.card.image_size
     epochs, steps = _length(settings, recipe)
 
@@ -136,6 +138,7 @@ def jobs(
                 limit_train=data.limit_train,
                 limit_val=data.limit_val,
                 eval_size=settings.eval_size,
+                skipped=data.skipped,
                 device=place.slug,
                 seed=seed,
             )
@@ -170,7 +173,7 @@ def _settings(suite: str | None, given: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def _data(settings: Settings, recipe: recipes.Recipe, root: Path | None) -> Data:
+def _data(settings: Settings, recipe: recipes.Recipe, root: Path | None, tell: Callable[[str], None]) -> Data:
     card = cards.load(settings.dataset)
     tasks = cards.choose_tasks(card, settings.tasks)
     unweighted = [task for task in tasks if task not in recipe.loss_weights]
@@ -182,6 +185,13 @@ def _data(settings: Settings, recipe: recipes.Recipe, root: Path | None) -> Data
         return Data(card, tasks, hashlib.sha256(channels.encode()).hexdigest()[:12], None, None)
     limits = {"train": settings.limit_train or recipe.limit_train, "val": settings.limit_val or recipe.limit_val}
     names = {split: cards.ids(card, split, root, limit) for split, limit in limits.items()}
+    skipped: tuple[str, ...] = ()
+    if settings.skip_bad and card.source == "files":
+        skipped = _unreadable(card, cards.require_root(card, root), sum(names.values(), []), tasks, tell)
+        names = {split: [name for name in chosen if name not in skipped] for split, chosen in names.items()}
+        for split, remaining in names.items():
+            if not remaining:
+                raise BenchError(f"{card.name}: every {split} image is unreadable; see `bench data check {card.name}`")
     sizes = [size for chosen in names.values() for size in cards.check_files(card, root, chosen, tasks)]
     # A limit that does not bind is none: the same images are the same cell.
     whole = {split: limit is None or limit >= len(cards.ids(card, split, root)) for split, limit in limits.items()}
@@ -191,7 +201,22 @@ def _data(settings: Settings, recipe: recipes.Recipe, root: Path | None) -> Data
         cards.fingerprint(card, names["train"], names["val"], tasks, sizes),
         None if whole["train"] else limits["train"],
         None if whole["val"] else limits["val"],
+        skipped,
     )
+
+
+def _unreadable(
+    card: Card, root: Path, names: list[str], tasks: tuple[str, ...], tell: Callable[[str], None]
+) -> tuple[str, ...]:
+    """The ids whose image or labels cannot be used, found by reading all of them; `tell` hears why."""
+    from bench.data.check import inspect_all
+
+    tell(f"reading {len(names)} images and their labels to find those that must be skipped")
+    bad = {name: found.problems for name, found in inspect_all(card, root, names, tasks, provenance.usable_cores())}
+    for name, problems in bad.items():
+        if problems:
+            tell(f"skipped {name}: {problems[0]}")
+    return tuple(name for name, problems in bad.items() if problems)
 
 
 def _card_reference(dataset: str) -> str:

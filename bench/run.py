@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bench.data import card as cards
 from bench.errors import BenchError
@@ -106,9 +106,10 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     accelerator.free_memory()
     accelerator = make_accelerator()  # training starts with a loss scale of its own
 
-    train_set = DenseDataset(
-        card, "train", spec.tasks, spec.image_size, job.data_root, spec.limit_train, recipe.augment, spec.seed
-    )
+    def samples(split: Literal["train", "val"], limit: int | None, **how: Any) -> DenseDataset:
+        return DenseDataset(card, split, spec.tasks, spec.image_size, job.data_root, limit, skipped=spec.skipped, **how)
+
+    train_set = samples("train", spec.limit_train, augment=recipe.augment, seed=spec.seed)
     total_steps = spec.steps or spec.epochs * steps_per_epoch(len(train_set), spec.batch_size)
     emit("phase", name="train")
     trainer = Trainer(build(), recipe, spec.batch_size, total_steps, accelerator)
@@ -129,13 +130,8 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     record.history, record.loader_wait = progress.history, progress.loader_wait
 
     emit("phase", name="evaluate")
-    val_set = DenseDataset(
-        card, "val", spec.tasks, spec.image_size, job.data_root, spec.limit_val,
-        original_labels=spec.eval_size == "original",
-    )  # fmt: skip
-    fit_set = DenseDataset(
-        card, "train", spec.tasks, spec.image_size, job.data_root, min(spec.limit_train or FLOOR_SAMPLES, FLOOR_SAMPLES)
-    )
+    val_set = samples("val", spec.limit_val, original_labels=spec.eval_size == "original")
+    fit_set = samples("train", min(spec.limit_train or FLOOR_SAMPLES, FLOOR_SAMPLES))
     fit, score = (validation_batches(d, spec.batch_size, job.workers, pin=False) for d in (fit_set, val_set))
     record.floor = _finite(score_constants(fit_constants(fit, channels), score, channels))
     values, per_class = evaluate(

@@ -44,6 +44,7 @@ class RunSpec(BaseModel):
     limit_train: int | None = None
     limit_val: int | None = None
     eval_size: EvalSize = "network"
+    skipped: tuple[str, ...] = ()  # ids of unreadable images that the run does without
     device: str  # "cpu", or the GPU's name as a slug
     seed: int
 

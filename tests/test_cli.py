@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -225,6 +226,31 @@ BROKEN = {
     "c-seg.png": (another_size, "label is (35, 40), its image (36, 40)"),
     "d.jpg": (lambda path: path.write_bytes(b""), "cannot decode image"),
 }
+
+
+def test_skip_bad_does_without_the_broken_images_and_says_which(own):
+    """One of two training and one of two validation images are left."""
+    BROKEN["a-seg.png"][0](own / "a-seg.png")
+    (own / "d.jpg").unlink()
+    done = bench(*OWN, "--data-root", own, "--skip-bad", "--out", "out")
+    assert done.exit_code == 0, done.output
+    (found,) = scan(Path("out"))
+    assert found.record.status == "ok" and found.record.spec.skipped == ("a", "d")
+    assert "skipped a: cannot decode image" in done.output and "skipped d: missing file" in done.output
+    healthy = own.parent / "healthy"
+    shutil.copytree(own, healthy)
+    (healthy / "train.txt").write_text("b")
+    (healthy / "val.txt").write_text("c")
+    assert bench(*OWN, "--data-root", healthy, "--out", "other").exit_code == 0
+    (same,) = scan(Path("other"))
+    assert same.record.metrics == found.record.metrics
+
+
+def test_skip_bad_without_an_image_left(own):
+    for name in "ab":
+        (own / f"{name}.jpg").write_bytes(b"")
+    done = bench(*OWN, "--data-root", own, "--skip-bad")
+    assert done.exit_code == 2 and "error: own: every train image is unreadable" in done.stderr
 
 
 @pytest.mark.parametrize("name", BROKEN)

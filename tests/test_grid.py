@@ -206,7 +206,7 @@ MATTERS = {
     "method": "mtlora", "backbone": "vit", "dataset": "nyud_v2", "data_fingerprint": "def", "tasks": ("semseg",),
     "protocol": "equal", "decoder": "hrnet", "image_size": (64, 32), "batch_size": 3, "epochs": 2, "steps": 3,
     "precision": "bf16", "weights": "timm", "limit_train": 5, "limit_val": 5, "device": "nvidia-h200",
-    "eval_size": "original",
+    "eval_size": "original", "skipped": ("a",),
 }  # fmt: skip
 RECIPE_MATTERS = {
     "optimizer": recipes.Optimizer(name="adamw", lr=0.5),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +83,15 @@ def inspect(card: Card, root: Path, name: str, tasks: Sequence[str]) -> Sample:
     return found
 
 
+def inspect_all(
+    card: Card, root: Path, names: Sequence[str], tasks: Sequence[str], workers: int
+) -> Iterator[tuple[str, Sample]]:
+    """`inspect` for every id, in order, in so many processes."""
+    with ProcessPoolExecutor(workers) as pool:
+        samples = pool.map(functools.partial(inspect, card, root, tasks=tuple(tasks)), names, chunksize=8)
+        yield from zip(names, samples, strict=True)
+
+
 def check(card: Card, root: Path, tasks: Sequence[str], console: Console, workers: int) -> bool:
     """Read both splits in so many processes, print a summary; whether training would go well.
 
@@ -93,14 +103,10 @@ def check(card: Card, root: Path, tasks: Sequence[str], console: Console, worker
     both = set(splits["train"]) & set(splits["val"])
     summaries = {split: Summary() for split in splits}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with (
-        Progress(*columns, console=console, transient=True) as progress,
-        ProcessPoolExecutor(workers) as pool,
-    ):
+    with Progress(*columns, console=console, transient=True) as progress:
         for split, names in splits.items():
             bar = progress.add_task(split, total=len(names))
-            arguments = ([each] * len(names) for each in (card, root))
-            for sample in pool.map(inspect, *arguments, names, [tuple(tasks)] * len(names), chunksize=8):
+            for _, sample in inspect_all(card, root, names, tasks, workers):
                 summaries[split].add(sample)
                 progress.advance(bar)
     for split, summary in summaries.items():

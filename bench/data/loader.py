@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ Key = tuple[int, int]  # (epoch, index): what an augmented sample depends on, be
 class DenseDataset(Dataset):
     """Samples of one split at `size`; with `augment`, sample (epoch, i) depends on seed, epoch and i alone.
 
-    With `original_labels` the image alone has that size, and the labels keep their own.
+    With `original_labels` the image alone has that size, and the labels keep their own. `skipped` ids are left out.
     """
 
     def __init__(
@@ -37,10 +37,11 @@ class DenseDataset(Dataset):
         augment: Augment | None = None,
         seed: int = 0,
         original_labels: bool = False,
+        skipped: Sequence[str] = (),
     ) -> None:
         self.original_labels = original_labels
         self.card, self.tasks, self.size, self.root = card, tasks, size, root
-        self.names = cards.ids(card, split, root, limit)
+        self.names = [name for name in cards.ids(card, split, root, limit) if name not in set(skipped)]
         cards.check_files(card, root, self.names, tasks)
         self.augment, self.seed = augment, seed
 
