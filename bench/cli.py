@@ -244,6 +244,18 @@ def preview(
     console.print(f"{len(samples)} samples of {card.name} {split} at {size[0]}x{size[1]}: {out}", soft_wrap=True)
 
 
+@data.command()
+@one_line_errors
+def fetch(dataset: DATASET, to: Annotated[Path, typer.Option(help="Folder to unpack below.")] = Path("data")) -> None:
+    """Download a dataset's archive from its card's address, verify and unpack it; or explain the manual step."""
+    from bench.data import card as cards
+    from bench.data.fetch import fetch
+
+    console = Console()
+    root = fetch(cards.load(dataset), to, console)
+    console.print(f"use it with --data-root {root}", soft_wrap=True)
+
+
 @app.command("list")
 @one_line_errors
 def list_(what: Annotated[str, typer.Argument(help="methods, backbones, datasets, recipes or suites")]) -> None:

@@ -91,6 +91,26 @@ class TaskCard(BaseModel):
         return self
 
 
+class Fetch(BaseModel):
+    """Where the data comes from: the address of a tar archive, the folder it unpacks to and its SHA-256 if known; or
+    what to do by hand."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: str = ""
+    folder: str = ""
+    sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
+    manual: str = ""
+
+    @model_validator(mode="after")
+    def _useful(self) -> Fetch:
+        if bool(self.url) == bool(self.manual):
+            raise ValueError("fetch needs a url and folder, or a manual step")
+        if self.url and (not self.folder or Path(self.folder).name != self.folder):
+            raise ValueError(f"fetch.folder must be the name of one folder, not {self.folder!r}")
+        return self
+
+
 class Card(BaseModel):
     """A dataset. `source: scenes` is rendered by bench itself, `source: files` is read from --data-root."""
 
@@ -101,6 +121,7 @@ class Card(BaseModel):
     source: Literal["files", "scenes"] = "files"
     licence: str = ""
     homepage: str = ""
+    fetch: Fetch | None = None
     image_size: tuple[Annotated[int, Field(ge=32)], Annotated[int, Field(ge=32)]]  # (height, width)
     image: str = ""  # pattern below the data root with {id}
     splits: dict[Literal["train", "val"], str | int]  # a list of ids below the root, or a number of scenes
@@ -245,7 +266,7 @@ def fingerprint(card: Card, train: list[str], val: list[str], tasks: tuple[str, 
     """Twelve hex digits of what the card says, the tasks, the ids in use, the sizes of their files and, for scenes,
     the renderer's version. Contents are not read: a file changed without changing its size is not noticed."""
     content = [
-        card.model_dump(mode="json", exclude={"title", "licence", "homepage"}),
+        card.model_dump(mode="json", exclude={"title", "licence", "homepage", "fetch"}),
         train,
         val,
         tasks,
