@@ -100,6 +100,9 @@ def run(
     workers: Annotated[
         int | None, typer.Option(min=0, help="Loader processes. (default: none on a CPU, up to 8 on a GPU)")
     ] = None,
+    cache: Annotated[
+        str, typer.Option(help="none, ram or disk: keep decoded images and labels; changes no figure.")
+    ] = "none",
     out: Annotated[Path, typer.Option(help="Where records go.")] = Path("runs"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Run finished cells again too.")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Run failed cells again.")] = False,
@@ -116,7 +119,7 @@ def run(
         "limit_val": limit_val, "eval_size": eval_size,
     }  # fmt: skip
     chosen = {k: v for k, v in given.items() if v is not None} | ({"skip_bad": True} if skip_bad else {})
-    jobs = grid.jobs(suite, chosen, data_root, device, workers, out, tell=errors.print)
+    jobs = grid.jobs(suite, chosen, data_root, device, workers, out, tell=errors.print, cache=cache)
     if dry_run:
         _print_cells(jobs, console)
         return

@@ -93,12 +93,14 @@ def jobs(
     workers: int | None,
     out: Path,
     tell: Callable[[str], None] = lambda line: None,
+    cache: str = "none",
 ) -> list[Job]:
     """Every cell, in order: backbones, then methods, then seeds. Raises BenchError or MethodError in one line.
 
     Where `all` methods were asked for, those that refuse a backbone are left out and `tell` hears why.
     """
     settings = _settings(suite, given)
+    _one_of("cache", cache, ("none", "ram", "disk"))
     recipe = recipes.load(settings.recipe)
     seeds = _seeds(str(settings.seeds))
     data = _data(settings, recipe, data_root, tell)
@@ -152,6 +154,7 @@ def jobs(
                     device_index=place.index,
                     device_name=place.name,
                     workers=_default_workers(place) if workers is None else workers,
+                    cache=cache,
                 )
             )
     return cells

@@ -107,7 +107,9 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     accelerator = make_accelerator()  # training starts with a loss scale of its own
 
     def samples(split: Literal["train", "val"], limit: int | None, **how: Any) -> DenseDataset:
-        return DenseDataset(card, split, spec.tasks, spec.image_size, job.data_root, limit, skipped=spec.skipped, **how)
+        return DenseDataset(
+            card, split, spec.tasks, spec.image_size, job.data_root, limit, skipped=spec.skipped, cache=job.cache, **how
+        )
 
     train_set = samples("train", spec.limit_train, augment=recipe.augment, seed=spec.seed)
     total_steps = spec.steps or spec.epochs * steps_per_epoch(len(train_set), spec.batch_size)

@@ -81,6 +81,7 @@ class Job(BaseModel):
     device_index: int = 0
     device_name: str = ""
     workers: int = 0
+    cache: Literal["none", "ram", "disk"] = "none"  # of decoded samples; changes no figure
     checkpoint_seconds: float = 60.0
 
     @property

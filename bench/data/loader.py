@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from bench.data import card as cards
 from bench.data import decode, scenes, transforms
 from bench.data.card import Card
+from bench.data.samples import Kind, SampleCache
 from bench.errors import BenchError
 from bench.recipe import Augment
 
@@ -24,6 +25,7 @@ class DenseDataset(Dataset):
     """Samples of one split at `size`; with `augment`, sample (epoch, i) depends on seed, epoch and i alone.
 
     With `original_labels` the image alone has that size, and the labels keep their own. `skipped` ids are left out.
+    `cache` keeps decoded samples (bench.data.samples).
     """
 
     def __init__(
@@ -38,25 +40,36 @@ class DenseDataset(Dataset):
         seed: int = 0,
         original_labels: bool = False,
         skipped: Sequence[str] = (),
+        cache: Kind = "none",
     ) -> None:
         self.original_labels = original_labels
         self.card, self.tasks, self.size, self.root = card, tasks, size, root
         self.names = [name for name in cards.ids(card, split, root, limit) if name not in set(skipped)]
         cards.check_files(card, root, self.names, tasks)
         self.augment, self.seed = augment, seed
+        self.cache = None if cache == "none" else SampleCache(cache, card, root, tasks, size)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, key: int | Key) -> transforms.Sample:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        sample = transforms.to_tensors(self._read(self.names[index]))
+        sample = transforms.to_tensors(self._arrays(self.names[index]))
         if self.augment is not None:
             generator = seeded(self.seed, epoch, index)
             sample = transforms.augment(sample, self.augment, generator, self.size)
         if self.original_labels:
             return sample | transforms.resize({"image": sample["image"]}, self.size)
         return transforms.resize(sample, self.size)
+
+    def _arrays(self, name: str) -> dict:
+        if self.cache is None:
+            return self._read(name)
+        arrays = self.cache.get(name)
+        if arrays is None:
+            arrays = self._read(name)
+            self.cache.put(name, arrays)
+        return arrays
 
     def _read(self, name: str) -> dict:
         wanted = ("image", *self.tasks)
