@@ -179,5 +179,6 @@ def augment(sample: Sample, settings: Augment, generator: torch.Generator, size:
 
 def _unit(vectors: Tensor) -> Tensor:
     """Renormalise interpolated normals; where mostly ignored pixels were mixed in, ignore the result too."""
-    length = vectors.norm(dim=0, keepdim=True)
-    return torch.where(length > 0.5, vectors / length.clamp_min(1e-6), torch.zeros_like(vectors))
+    # A norm over the first dimension of a map is some thirty times slower on a CPU.
+    length = vectors.square().sum(0, keepdim=True).sqrt()
+    return vectors * ((length > 0.5) / length.clamp_min(1e-6))
