@@ -69,9 +69,11 @@ def at_step(monkeypatch, number, act):
     """Call `act(first cell's process)` where a cell reports training step `number`; returns every event seen."""
     started, seen, popen, show = [], [], subprocess.Popen, sweep._show
 
-    def start(*args, **kwargs):
-        started.append(popen(*args, **kwargs))
-        return started[-1]
+    def start(command, *args, **kwargs):
+        process = popen(command, *args, **kwargs)
+        if "bench.run" in command:  # other libraries start processes too
+            started.append(process)
+        return process
 
     def watch(event, progress, line):
         seen.append(event)
@@ -180,9 +182,12 @@ def resumed(tmp_path_factory):
     args = (*asked(folder), "--out", folder / "runs")
     results = {}
     with pytest.MonkeyPatch.context() as patch:
-        # To this process, as Ctrl-C would: the cell sits in a session of its own.
+        # To this process, as Ctrl-C would: the cell sits in a session of its own. A test run in the background was
+        # started with the signal ignored.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         at_step(patch, 12, lambda process: signal.raise_signal(signal.SIGINT))
         results["interrupted"] = bench(*args)
+        signal.signal(signal.SIGINT, before)
     results["files"] = {path.suffix for path in folder.rglob("runs/**/*") if path.is_file()}
     results["record"] = only(folder / "runs")
     with pytest.MonkeyPatch.context() as patch:
