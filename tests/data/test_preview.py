@@ -33,7 +33,7 @@ def test_masks_depth_and_normals():
     assert draw("edge", np.array([[0.0, 1.0, 255.0]]), SCENES)[0, :, 0].tolist() == [0, 255, 128]
     depth = draw("depth", np.array([[1.0, 3.0, 0.0]]), SCENES)[0]
     assert depth[0].tolist() == [68, 1, 84] and depth[1].tolist() == [253, 231, 37] and depth[2].tolist() == [255] * 3
-    normals = np.array([[1.0, -1.0, 0.0, 0.0]] * 1)[None].repeat(3, 0) * np.array([1, 0, 0])[:, None, None]
+    normals = np.array([[1.0, -1.0, 0.0, 0.0]])[None].repeat(3, 0) * np.array([1, 0, 0])[:, None, None]
     assert draw("normals", normals, SCENES)[0].tolist()[:3] == [[255, 128, 128], [0, 128, 128], [255, 255, 255]]
 
 

@@ -138,7 +138,7 @@ def test_tadformer_last_block(build, tasks, kind):
         return lora(own.fc2, block.mlp.fc2, F.gelu(lora(own.fc1, block.mlp.fc1, block.norm2(z))))
 
     windows = into_windows(block, block.norm1(x))  # (2 * 9, 49, 24)
-    tokens = torch.cat([torch.cat([block.norm1(prompts)[i]] * 1).expand(9, -1, -1) for i in range(2)])
+    tokens = torch.cat([block.norm1(image).expand(9, -1, -1) for image in prompts])
     qkv = lora(own.qkv, block.attn.qkv, torch.cat([tokens, windows], 1))
     attended = attend(block, qkv, 4)
     projected = lora(own.proj, block.attn.proj, attended)
@@ -149,7 +149,7 @@ def test_tadformer_last_block(build, tasks, kind):
 
     q, k, _ = qkv.split(24, -1)  # one head at this width
     f = attended[:, 4:]
-    base_1, base_2 = block.mlp.fc1(block.norm2(x_shared)), None
+    base_1 = block.mlp.fc1(block.norm2(x_shared))
     base_2 = block.mlp.fc2(F.gelu(lora(own.fc1, block.mlp.fc1, block.norm2(x_shared))))
     for t, task in enumerate(tasks):
         m = F.gelu((q[:, t : t + 1] @ k[:, 4:].transpose(1, 2)).transpose(1, 2)) * f
