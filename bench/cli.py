@@ -85,10 +85,10 @@ def run(
         str | None, typer.Option(help="auto, timm, random or a checkpoint file. (default: auto)")
     ] = None,
     limit_train: Annotated[
-        int | None, typer.Option(min=1, help="Use this many training images, evenly spaced.")
+        int | None, typer.Option(min=1, help="Use this many training images, of every class some.")
     ] = None,
     limit_val: Annotated[
-        int | None, typer.Option(min=1, help="Use this many validation images, evenly spaced.")
+        int | None, typer.Option(min=1, help="Use this many validation images, of every class some.")
     ] = None,
     eval_size: Annotated[
         str | None, typer.Option(help="Metrics at network size, or at the labels' original size. (default: network)")
@@ -101,7 +101,7 @@ def run(
         int | None, typer.Option(min=0, help="Loader processes. (default: none on a CPU, up to 8 on a GPU)")
     ] = None,
     cache: Annotated[
-        str, typer.Option(help="none, ram or disk: keep decoded images and labels; changes no figure.")
+        str, typer.Option(help="none, ram or disk: keep decoded and resized images and labels; changes no figure.")
     ] = "none",
     out: Annotated[Path, typer.Option(help="Where records go.")] = Path("runs"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Run finished cells again too.")] = False,
@@ -245,6 +245,29 @@ def preview(
     preview.save(preview.sheet(samples, range(len(samples))), out)
     console = Console()
     console.print(f"{len(samples)} samples of {card.name} {split} at {size[0]}x{size[1]}: {out}", soft_wrap=True)
+
+
+@data.command()
+@one_line_errors
+def speed(
+    dataset: DATASET,
+    data_root: DATA_ROOT = None,
+    tasks: TASK_LIST = None,
+    recipe: Annotated[str, typer.Option(help="Whose augmentation.")] = "bdta",
+    image_size: Annotated[str | None, typer.Option(help="224, or HEIGHTxWIDTH. (default: the card's)")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Training samples.")] = 32,
+) -> None:
+    """Training samples a second from one loader process, with each kind of --cache, side by side."""
+    from bench import recipe as recipes
+    from bench.data import card as cards
+    from bench.data import speed
+    from bench.grid import parse_size
+
+    card = cards.load(dataset)
+    root = data_root if card.source != "files" else cards.require_root(card, data_root)
+    chosen, size = cards.choose_tasks(card, tasks), parse_size(image_size) or card.image_size
+    console = Console()
+    speed.show(speed.compare(card, root, chosen, size, recipes.load(recipe), count), count, console)
 
 
 @data.command()

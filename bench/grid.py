@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from bench import recipe as recipes
 from bench import yamlfile
 from bench.data import card as cards
+from bench.data import subset
 from bench.data.card import Card
 from bench.errors import BenchError, did_you_mean
 from bench.measure import provenance
@@ -187,7 +188,7 @@ def _data(settings: Settings, recipe: recipes.Recipe, root: Path | None, tell: C
         channels = json.dumps(card.channels(tasks))
         return Data(card, tasks, hashlib.sha256(channels.encode()).hexdigest()[:12], None, None)
     limits = {"train": settings.limit_train or recipe.limit_train, "val": settings.limit_val or recipe.limit_val}
-    names = {split: cards.ids(card, split, root, limit) for split, limit in limits.items()}
+    names = {split: subset.ids(card, split, root, limit, tasks, tell) for split, limit in limits.items()}
     skipped: tuple[str, ...] = ()
     if settings.skip_bad and card.source == "files":
         skipped = _unreadable(card, cards.require_root(card, root), sum(names.values(), []), tasks, tell)

@@ -39,9 +39,10 @@ class Schedule(Strict):
 class Augment(Strict):
     """Training augmentation; every figure is drawn uniformly from its range, for each image and epoch anew.
 
-    rotate, scale   degrees to either side and zoom about the centre, the size stays (the MTLoRA family); what comes
-                    from outside is black in the image and has no label with `border: ignore`, or counts as background
-                    with `border: background`, as in the family's code
+    rotate, scale   degrees to either side and zoom about the centre, the size stays (the MTLoRA family; `scales` lists
+                    zooms to choose from instead, as that family does on NYUD); what comes from outside is black in the
+                    image and has no label with `border: ignore`, or counts as background with `border: background`, as
+                    in the family's code
     crop_scale      instead of squashing an image to the training size: enlarge it by a factor of this range, then cut
                     out (or pad to) the training size, again while one class covers more than `crop_max_class` of the
                     cut-out, ten times at most (the TIT set-up)
@@ -51,10 +52,24 @@ class Augment(Strict):
     hflip: Fraction = 0.5
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
     scale: tuple[Positive, Positive] = (1.0, 1.0)
+    scales: tuple[Positive, ...] = ()
     border: Literal["ignore", "background"] = "ignore"
     crop_scale: tuple[Positive, Positive] | None = None
     crop_max_class: Fraction = 0.75
     photometric: bool = False
+
+    @model_validator(mode="after")
+    def _one_zoom(self) -> Augment:
+        if self.scales and self.scale != (1.0, 1.0):
+            raise ValueError("give scale, a range, or scales, a list to choose from, not both")
+        return self
+
+    def zoom(self, draw: float) -> float:
+        """The zoom that a uniform draw in [0, 1) stands for."""
+        if self.scales:
+            return self.scales[int(draw * len(self.scales))]
+        low, high = self.scale
+        return low + (high - low) * draw
 
 
 class Measure(Strict):

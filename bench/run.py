@@ -50,6 +50,7 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     from accelerate import Accelerator
 
     from bench.data.loader import DenseDataset, steps_per_epoch, validation_batches
+    from bench.data.subset import evenly_spaced
     from bench.measure.profile import measure, synthetic_batch
     from bench.train.floor import fit_constants, score_constants
     from bench.train.loop import Trainer, evaluate, losses_by_batch, train
@@ -133,7 +134,8 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
 
     emit("phase", name="evaluate")
     val_set = samples("val", spec.limit_val, original_labels=spec.eval_size == "original")
-    fit_set = samples("train", min(spec.limit_train or FLOOR_SAMPLES, FLOOR_SAMPLES))
+    fit_set = samples("train", spec.limit_train)
+    fit_set.names = evenly_spaced(fit_set.names, FLOOR_SAMPLES)
     fit, score = (validation_batches(d, spec.batch_size, job.workers, pin=False) for d in (fit_set, val_set))
     record.floor = _finite(score_constants(fit_constants(fit, channels), score, channels))
     values, per_class = evaluate(

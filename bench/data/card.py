@@ -183,11 +183,8 @@ def load(name: str) -> Card:
     return yamlfile.load(yamlfile.find("datasets", name), Card)
 
 
-def ids(card: Card, split: Literal["train", "val"], root: Path | None, limit: int | None = None) -> list[str]:
-    """The ids of a split, in file order; `limit` picks that many, evenly spaced, the same ones every time.
-
-    Raises BenchError for a missing, empty or repeated list.
-    """
+def ids(card: Card, split: Literal["train", "val"], root: Path | None) -> list[str]:
+    """All ids of a split, in file order. Raises BenchError for a missing, empty or repeated list."""
     value = card.splits[split]
     if isinstance(value, int):
         # Training and validation scenes come from one generator and must not overlap.
@@ -206,8 +203,6 @@ def ids(card: Card, split: Literal["train", "val"], root: Path | None, limit: in
         if len(set(names)) != len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise BenchError(f"{card.name}: {path} names the image {twice!r} twice")
-    if limit is not None and limit < len(names):
-        names = [names[i * len(names) // limit] for i in range(limit)]
     return names
 
 

@@ -41,7 +41,7 @@ def read_label(
         labels = _parts(path, card, size)
         return np.full(size, IGNORE, np.uint8) if card.ignore_empty and not labels.any() else labels
     if card.rule == "boundaries":
-        return derived.cached(path, "boundaries", lambda: boundaries(_read_array(path, card.key, None)))
+        return derived.cached([path], "boundaries", lambda: boundaries(_read_array(path, card.key, None)))
     raw = _read_array(path, card.key, "RGB" if task == "normals" else None)
     if task == "normals":
         normals = _normals(raw, path)
@@ -117,7 +117,7 @@ def _parts(path: Path, card: TaskCard, size: tuple[int, int]) -> np.ndarray:
             raise BenchError(f"{path} is not a PASCAL-Part annotation: {str(error).splitlines()[0]}") from error
         return np.zeros((0, 0), np.uint8) if labels is None else labels
 
-    labels = derived.cached(path, rule, lambda: _or_a_dot(derive()))
+    labels = derived.cached([path], rule, lambda: _or_a_dot(derive()))
     return np.zeros(size, np.uint8) if labels.shape == (1, 1) else labels
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +24,21 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bench"
 
 
-def cached(source: Path, rule: str, derive: Callable[[], np.ndarray]) -> np.ndarray:
-    """`derive()`, a uint8 map (H, W), or what it gave for the same file before.
-
-    The same file: its path, size and time of change. Raises BenchError where the cache cannot be written.
-    """
+def state(path: Path) -> tuple[str, int, int]:
+    """What a file is known by: its path, size and time of change. Raises BenchError."""
     try:
-        state = source.stat()
+        found = path.stat()
     except OSError as error:
-        raise BenchError(f"missing file {source}") from error
-    key = f"{VERSION}\n{rule}\n{source.resolve()}\n{state.st_size}\n{state.st_mtime_ns}"
+        raise BenchError(f"missing file {path}") from error
+    return str(path.resolve()), found.st_size, found.st_mtime_ns
+
+
+def cached(sources: Sequence[Path], rule: str, derive: Callable[[], np.ndarray]) -> np.ndarray:
+    """`derive()`, a uint8 map (H, W), or what it gave for the same files before.
+
+    Raises BenchError for a missing file, and where the cache cannot be written.
+    """
+    key = json.dumps([VERSION, rule, *(state(source) for source in sources)])
     digest = hashlib.sha256(key.encode()).hexdigest()[:24]
     path = folder() / "derived" / digest[:2] / f"{digest}.png"
     with contextlib.suppress(FileNotFoundError, UnidentifiedImageError, OSError, SyntaxError):

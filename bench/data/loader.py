@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bench.data import card as cards
-from bench.data import decode, scenes, transforms
+from bench.data import decode, scenes, subset, transforms
 from bench.data.card import Card
 from bench.data.samples import Kind, SampleCache
 from bench.errors import BenchError
@@ -25,7 +25,8 @@ class DenseDataset(Dataset):
     """Samples of one split at `size`; with `augment`, sample (epoch, i) depends on seed, epoch and i alone.
 
     With `original_labels` the image alone has that size, and the labels keep their own. `skipped` ids are left out.
-    `cache` keeps decoded samples (bench.data.samples).
+    `cache` keeps decoded and resized samples (bench.data.samples). Resizing comes first, and augmentation turns and
+    zooms as if it had come last, as in the MTLoRA code family; where a recipe crops, it does come last.
     """
 
     def __init__(
@@ -44,32 +45,41 @@ class DenseDataset(Dataset):
     ) -> None:
         self.original_labels = original_labels
         self.card, self.tasks, self.size, self.root = card, tasks, size, root
-        self.names = [name for name in cards.ids(card, split, root, limit) if name not in set(skipped)]
+        self.names = [name for name in subset.ids(card, split, root, limit, tasks) if name not in set(skipped)]
         cards.check_files(card, root, self.names, tasks)
         self.augment, self.seed = augment, seed
-        self.cache = None if cache == "none" else SampleCache(cache, card, root, tasks, size)
+        crops = augment is not None and augment.crop_scale is not None
+        self.resized = "" if crops else "image" if original_labels else "all"
+        self.cache = None if cache == "none" else SampleCache(cache, card, root, tasks, size, self.resized)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, key: int | Key) -> transforms.Sample:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        sample = transforms.to_tensors(self._arrays(self.names[index]))
-        if self.augment is not None:
-            generator = seeded(self.seed, epoch, index)
-            sample = transforms.augment(sample, self.augment, generator, self.size)
-        if self.original_labels:
-            return sample | transforms.resize({"image": sample["image"]}, self.size)
+        packed = dict(self._packed(self.names[index]))
+        frame = tuple(packed.pop("frame").tolist())
+        sample = transforms.unpack(packed)
+        if self.augment is None:
+            return sample
+        sample = transforms.augment(sample, self.augment, seeded(self.seed, epoch, index), self.size, frame)
         return transforms.resize(sample, self.size)
 
-    def _arrays(self, name: str) -> dict:
+    def _packed(self, name: str) -> transforms.Sample:
         if self.cache is None:
-            return self._read(name)
-        arrays = self.cache.get(name)
-        if arrays is None:
-            arrays = self._read(name)
-            self.cache.put(name, arrays)
-        return arrays
+            return self._prepare(name)
+        packed = self.cache.get(name)
+        if packed is None:
+            packed = self._prepare(name)
+            self.cache.put(name, packed)
+        return packed
+
+    def _prepare(self, name: str) -> transforms.Sample:
+        """A packed sample, resized as far as augmentation allows; `frame` is the (height, width) before that."""
+        packed = transforms.pack(self._read(name))
+        frame = torch.tensor(packed["image"].shape[-2:])
+        ready = packed if self.resized == "all" else {"image": packed["image"]} if self.resized else {}
+        return packed | transforms.resize(ready, self.size) | {"frame": frame}
 
     def _read(self, name: str) -> dict:
         wanted = ("image", *self.tasks)

@@ -1,6 +1,6 @@
-"""Decoded samples kept in memory or on disk, so that an image is decoded once and not once an epoch.
+"""Decoded and resized samples kept in memory or on disk, so that this is done once and not once an epoch.
 
-What is kept is what the files hold, before augmentation and resizing: a run gives the same figures with and without.
+What is kept is what augmentation starts from, so a run gives the same figures with and without.
 """
 
 from __future__ import annotations
@@ -13,50 +13,54 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from bench.data import derived, scenes
+from bench.data import derived, scenes, transforms
 from bench.data.card import Card, files_of
 from bench.errors import BenchError
 
 Kind = Literal["none", "ram", "disk"]
-Arrays = dict[str, np.ndarray]
+Packed = dict[str, Tensor]
 
 
 class SampleCache:
-    """Arrays of bench.data.decode by what they were decoded from.
+    """Packed samples by what they were made from.
 
     `ram` is a dictionary of this process (each loader process has its own); `disk` are memory-mapped files in the cache
     folder, shared by all processes and later runs.
     """
 
-    def __init__(self, kind: Kind, card: Card, root: Path | None, tasks: Sequence[str], size: tuple[int, int]) -> None:
+    def __init__(
+        self, kind: Kind, card: Card, root: Path | None, tasks: Sequence[str], size: tuple[int, int], resized: str
+    ) -> None:
+        """`resized` says what has been brought to (height, width) = size."""
         self.kind, self.card, self.root, self.tasks = kind, card, root, tuple(tasks)
         rules = card.model_dump(mode="json", include={"name", "source", "seed", "image", "tasks"})
         # Scenes are rendered at the size that is asked for; files have their own.
-        drawn = (size, scenes.VERSION) if card.source == "scenes" else None
-        self.common = json.dumps([derived.VERSION, rules, self.tasks, drawn], sort_keys=True)
-        self.held: dict[str, Arrays] = {}
+        drawn = scenes.VERSION if card.source == "scenes" else None
+        made = (resized, size) if resized or drawn else None
+        self.common = json.dumps([derived.VERSION, transforms.VERSION, rules, self.tasks, drawn, made], sort_keys=True)
+        self.held: dict[str, Packed] = {}
 
-    def get(self, name: str) -> Arrays | None:
+    def get(self, name: str) -> Packed | None:
         if self.kind == "ram":
             return self.held.get(name)
         with contextlib.suppress(FileNotFoundError, SafetensorError, OSError):
             return load_file(self.path(name))
         return None
 
-    def put(self, name: str, arrays: Arrays) -> None:
+    def put(self, name: str, sample: Packed) -> None:
         """Raises BenchError where the cache cannot be written."""
         if self.kind == "ram":
-            self.held[name] = arrays
+            self.held[name] = sample
             return
         path = self.path(name)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, temporary)
+            save_file(sample, temporary)
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):

@@ -2,7 +2,8 @@
 
 A sample maps names to tensors: image float (3, H, W) in [0, 1]; semseg and human_parts int64 (H, W); saliency, edge
 and depth float (H, W); normals float (3, H, W). Ignored pixels are 255 (classes, saliency, edge), 0 (depth) or the
-zero vector (normals). Interpolation: bilinear for image and normals (renormalised), nearest for the rest.
+zero vector (normals). Interpolation: bilinear for image and normals (renormalised), nearest for the rest. A packed
+sample is the same with an image of 0..255 and labels in the types they were decoded to: what a cache keeps.
 """
 
 from __future__ import annotations
@@ -19,23 +20,31 @@ from torch import Tensor
 from bench.data.decode import IGNORE
 from bench.recipe import Augment
 
+VERSION = 1  # of `resize`, whose results are cached
 Sample = dict[str, Tensor]
 Border = Literal["ignore", "background"]
 Draw = Callable[[], float]  # uniform in [0, 1)
 
 
-def to_tensors(arrays: Mapping[str, np.ndarray]) -> Sample:
-    """The arrays of bench.data.decode as tensors."""
+def pack(arrays: Mapping[str, np.ndarray]) -> Sample:
+    """The arrays of bench.data.decode as small tensors: the image uint8 (3, H, W), normals float (3, H, W), the rest as
+    decoded (H, W)."""
     sample: Sample = {}
     for name, array in arrays.items():
         tensor = torch.from_numpy(np.ascontiguousarray(array))
-        if name == "image":
-            sample[name] = tensor.permute(2, 0, 1).float() / 255
-        elif name == "normals":
-            sample[name] = tensor.permute(2, 0, 1).float().contiguous()
-        else:
-            sample[name] = tensor.long() if name in ("semseg", "human_parts") else tensor.float()
+        sample[name] = tensor.permute(2, 0, 1).contiguous() if tensor.dim() == 3 else tensor
     return sample
+
+
+def unpack(sample: Sample) -> Sample:
+    """A packed sample in the types above."""
+    out = {}
+    for name, x in sample.items():
+        if name == "image":
+            out[name] = x.float() / 255
+        else:
+            out[name] = x.long() if name in ("semseg", "human_parts") else x.float()
+    return out
 
 
 def ignore_value(name: str) -> float:
@@ -49,17 +58,16 @@ def outside_value(name: str, border: Border) -> float:
 
 
 def resize(sample: Sample, size: tuple[int, int]) -> Sample:
-    """To (height, width); the aspect ratio is not kept, as in the MTLoRA code family."""
-    if tuple(sample["image"].shape[-2:]) == size and all(tuple(x.shape[-2:]) == size for x in sample.values()):
-        return sample
+    """To (height, width), packed or not; the aspect ratio is not kept, as in the MTLoRA code family."""
     out = {}
     for name, x in sample.items():
-        if name == "image":
-            out[name] = F.interpolate(x[None], size, mode="bilinear", align_corners=False, antialias=True)[0].clamp(
-                0, 1
-            )
+        if tuple(x.shape[-2:]) == size:
+            out[name] = x
+        elif name == "image":
+            y = F.interpolate(x[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
+            out[name] = y.clamp(0, 1) if y.is_floating_point() else y
         elif name == "normals":
-            out[name] = _unit(F.interpolate(x[None], size, mode="bilinear", align_corners=False)[0])
+            out[name] = _unit(F.interpolate(x[None].float(), size, mode="bilinear", align_corners=False)[0])
         else:
             out[name] = F.interpolate(x[None, None].float(), size, mode="nearest-exact")[0, 0].to(x.dtype)
     return out
@@ -73,36 +81,38 @@ def hflip(sample: Sample) -> Sample:
     return out
 
 
-def rotate_and_zoom(sample: Sample, degrees: float, zoom: float, border: Border = "ignore") -> Sample:
+def rotate_and_zoom(
+    sample: Sample, degrees: float, zoom: float, border: Border = "ignore", frame: tuple[int, int] | None = None
+) -> Sample:
     """Turn the picture clockwise (x right, y down) about its centre and enlarge it by `zoom`; the size stays.
 
     Normals turn with the picture, depth is divided by the zoom. Pixels from outside are ignored (black in the image),
-    or are background with `border="background"`; normals and depth have no background.
+    or are background with `border="background"`; normals and depth have no background. `frame` is the (height, width)
+    that the picture had before it was squashed to its size: it turns as it would have turned then.
     """
     height, width = sample["image"].shape[-2:]
+    frame_height, frame_width = frame or (height, width)
     angle = math.radians(degrees)
     cos, sin = math.cos(angle), math.sin(angle)
-    # Output pixel -> input pixel: the inverse rotation and zoom, in pixels, around the centre.
-    ys, xs = torch.meshgrid(
-        torch.arange(height) - (height - 1) / 2, torch.arange(width) - (width - 1) / 2, indexing="ij"
-    )
+    # Output place -> input place: the inverse rotation and zoom around the centre, in pixels of the frame.
+    ys = ((torch.arange(height) + 0.5) / height - 0.5)[:, None] * frame_height
+    xs = ((torch.arange(width) + 0.5) / width - 0.5)[None, :] * frame_width
     source_x, source_y = (cos * xs + sin * ys) / zoom, (-sin * xs + cos * ys) / zoom
-    grid = torch.stack([source_x * 2 / width, source_y * 2 / height], -1)[None].float()
+    grid = torch.stack([source_x * 2 / frame_width, source_y * 2 / frame_height], -1)[None]
     outside = (grid.abs() > 1).any(-1)[0]
     out = {}
     for name, x in sample.items():
-        smooth = name in ("image", "normals")
+        mode = "bilinear" if name in ("image", "normals") else "nearest"
         planes = (x if x.dim() == 3 else x[None])[None].float()
         # "border" keeps bilinear samples at the rim from mixing with zeros; what lies outside is masked below.
-        moved = F.grid_sample(
-            planes, grid, mode="bilinear" if smooth else "nearest", padding_mode="border", align_corners=False
-        )[0]
+        moved = F.grid_sample(planes, grid, mode=mode, padding_mode="border", align_corners=False)[0]
         if name == "normals":
-            nx, ny, nz = moved
-            moved = _unit(torch.stack([cos * nx - sin * ny, sin * nx + cos * ny, nz]))
+            nx, ny = moved[0].clone(), moved[1].clone()
+            moved[0], moved[1] = cos * nx - sin * ny, sin * nx + cos * ny
+            moved = _unit(moved)
         if name == "depth":
-            moved = moved / zoom
-        moved = moved.masked_fill(outside, outside_value(name, border))
+            moved /= zoom
+        moved.masked_fill_(outside, outside_value(name, border))
         out[name] = (moved if x.dim() == 3 else moved[0]).to(x.dtype)
     return out
 
@@ -152,18 +162,23 @@ def photometric(image: Tensor, draw: Draw) -> Tensor:
     return v2.adjust_hue(image, (2 * draw() - 1) * 18 / 360) if draw() < 0.5 else image
 
 
-def augment(sample: Sample, settings: Augment, generator: torch.Generator, size: tuple[int, int]) -> Sample:
+def augment(
+    sample: Sample,
+    settings: Augment,
+    generator: torch.Generator,
+    size: tuple[int, int],
+    frame: tuple[int, int] | None = None,
+) -> Sample:
     """Draw and apply the recipe's augmentation; the result has the training size where the recipe crops.
 
-    The same generator state gives the same result.
+    The same generator state gives the same result. `frame` as in `rotate_and_zoom`.
     """
     flip, turn, zoom = torch.rand(3, generator=generator).tolist()
     if flip < settings.hflip:
         sample = hflip(sample)
-    low, high = settings.scale
-    if settings.rotate or (low, high) != (1.0, 1.0):
-        turned = settings.rotate * (2 * turn - 1)
-        sample = rotate_and_zoom(sample, turned, low + (high - low) * zoom, settings.border)
+    turned, zoomed = settings.rotate * (2 * turn - 1), settings.zoom(zoom)
+    if (turned, zoomed) != (0.0, 1.0):
+        sample = rotate_and_zoom(sample, turned, zoomed, settings.border, frame)
 
     def draw() -> float:
         return torch.rand((), generator=generator).item()
@@ -179,6 +194,6 @@ def augment(sample: Sample, settings: Augment, generator: torch.Generator, size:
 
 def _unit(vectors: Tensor) -> Tensor:
     """Renormalise interpolated normals; where mostly ignored pixels were mixed in, ignore the result too."""
-    # A norm over the first dimension of a map is some thirty times slower on a CPU.
-    length = vectors.square().sum(0, keepdim=True).sqrt()
+    x, y, z = vectors
+    length = (x * x).addcmul_(y, y).addcmul_(z, z).sqrt_()  # a norm over the first dimension is thirty times slower
     return vectors * ((length > 0.5) / length.clamp_min(1e-6))

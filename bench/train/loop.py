@@ -241,7 +241,7 @@ def evaluate(
         report(index + 1, len(batches))
     model.train(was_training)
     values = {task: accumulator.compute() for task, accumulator in accumulators.items()}
-    return values, {t: a.per_class() for t, a in accumulators.items() if isinstance(a, metrics.MeanIoU)}
+    return values, {t: a.per_class for t, a in accumulators.items() if isinstance(a, metrics.MeanIoU)}
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

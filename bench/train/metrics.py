@@ -27,6 +27,7 @@ class MeanIoU(Metric):
 
     Averaged over the classes that occur in the truth, so that every method is averaged over the same ones: on a
     whole validation set these are all, and the figure is the code family's, which counts an absent class as 0.
+    `per_class`, after `compute`: IoU by class index, None for a class that the truth does not hold.
     """
 
     def __init__(self, classes: int) -> None:
@@ -39,14 +40,14 @@ class MeanIoU(Metric):
         pairs = label[valid] * self.classes + logits.argmax(1)[valid]
         self.confusion += torch.bincount(pairs, minlength=self.classes**2).view(self.classes, self.classes)
 
-    def per_class(self) -> list[float | None]:
-        """IoU in percent by class index, None for a class that the truth does not hold."""
+    def compute(self) -> dict[str, float]:
+        """Also sets `per_class`: here, because only here other processes' counts are in."""
         hits, truth = self.confusion.diag().double(), self.confusion.sum(1)
         union = self.confusion.sum(0) + truth - hits
-        return [100 * (h / u).item() if present > 0 else None for h, u, present in zip(hits, union, truth, strict=True)]
-
-    def compute(self) -> dict[str, float]:
-        present = [iou for iou in self.per_class() if iou is not None]
+        self.per_class: list[float | None] = [
+            100 * (h / u).item() if present > 0 else None for h, u, present in zip(hits, union, truth, strict=True)
+        ]
+        present = [iou for iou in self.per_class if iou is not None]
         return {"mIoU": sum(present) / len(present) if present else math.nan}
 
 
@@ -106,7 +107,7 @@ class NormalsError(Metric):
     def update(self, logits: Tensor, label: Tensor) -> None:
         valid = (label != 0).any(1)
         # atan2 of cross and dot is exact for small angles, where arccos loses half its digits.
-        cross = torch.linalg.cross(logits, label, dim=1).norm(dim=1)
+        cross = torch.linalg.cross(logits, label, dim=1).square().sum(1).sqrt()  # see normals_l1
         angle = torch.atan2(cross, (logits * label).sum(1)).rad2deg()
         angle = angle[valid].double()
         self.total += angle.sum()

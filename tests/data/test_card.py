@@ -123,27 +123,11 @@ def test_ids_are_read_in_file_order(tmp_path):
     assert cards.ids(Card(**GOOD), "train", write_list(tmp_path, ["c", "a", "b"])) == ["c", "a", "b"]
 
 
-def test_a_limit_picks_evenly_spaced_ids_and_always_the_same(tmp_path):
-    write_list(tmp_path, [str(i) for i in range(100)])
-    chosen = [int(name) for name in cards.ids(Card(**GOOD), "train", tmp_path, 7)]
-    gaps = {later - earlier for earlier, later in zip(chosen, chosen[1:], strict=False)}
-    assert len(chosen) == 7
-    assert gaps <= {14, 15}
-    assert chosen[0] == 0 and chosen[-1] >= 100 - 15
-    assert cards.ids(Card(**GOOD), "train", tmp_path, 7) == [str(i) for i in chosen]
-
-
-@pytest.mark.parametrize("limit", [3, 4, 1000])
-def test_a_limit_beyond_the_list_is_the_list(tmp_path, limit):
-    assert cards.ids(Card(**GOOD), "train", write_list(tmp_path, ["c", "a", "b"]), limit) == ["c", "a", "b"]
-
-
 def test_scenes_of_training_and_validation_do_not_overlap():
     card = cards.load("scenes")
     train, val = cards.ids(card, "train", None), cards.ids(card, "val", None)
     assert (len(set(train)), len(set(val))) == (card.splits["train"], card.splits["val"])
     assert not set(train) & set(val)
-    assert set(cards.ids(card, "val", None, 10)) <= set(val)
 
 
 @pytest.mark.parametrize("text, expected", [("", "is empty"), ("a b a", "names the image 'a' twice")])

@@ -51,7 +51,9 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("cache", ["ram", "disk"])
-@pytest.mark.parametrize("augment", [None, Augment(rotate=20, scale=(0.75, 1.25), photometric=True)])
+@pytest.mark.parametrize(
+    "augment", [None, Augment(rotate=20, scale=(0.75, 1.25), photometric=True), Augment(crop_scale=(0.5, 2.0))]
+)
 def test_the_same_samples_read_once(root, monkeypatch, cache, augment):
     plain, cached = data(root, "none", augment=augment), data(root, cache, augment=augment)
     reads = []
@@ -71,6 +73,19 @@ def test_batches_are_the_same_with_loader_processes(root, workers):
         for cache in ("none", "disk")
     )
     assert len(plain) == 4 and all(same(a, b) for a, b in zip(plain, cached, strict=True))
+
+
+def test_labels_of_original_size_are_kept_so(root):
+    for index, size in enumerate(((30, 47), (64, 21), (40, 40))):
+        first, again = (data(root, "disk", original_labels=True)[index] for _ in range(2))
+        assert same(first, again) and again["image"].shape[-2:] == (32, 36) and again["depth"].shape == size
+        assert data(root, "disk")[index]["depth"].shape == (32, 36)
+
+
+def test_another_size_is_another_sample(root):
+    card = cards.load(str(root / "own.yaml"))
+    for size in ((32, 36), (20, 24), (32, 36)):
+        assert DenseDataset(card, "train", ("depth",), size, root, cache="disk")[0]["image"].shape[-2:] == size
 
 
 def test_a_changed_file_is_read_again(root):

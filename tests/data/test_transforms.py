@@ -49,16 +49,72 @@ def centroid(weight):
     return torch.stack([(weight * xs).sum(), (weight * ys).sum()]) / weight.sum()
 
 
-def test_to_tensors_gives_the_documented_types():
+def test_packed_and_unpacked_samples_have_the_documented_types():
     shape = (4, 6)
     arrays = {"image": np.full((*shape, 3), 255, np.uint8), "normals": np.zeros((*shape, 3), np.float32)}
     arrays |= {name: np.full(shape, 255, np.uint8) for name in ("semseg", "human_parts", "saliency", "edge")}
     arrays["depth"] = np.ones(shape, np.float32)
-    sample = transforms.to_tensors(arrays)
+    packed = transforms.pack(arrays)
+    assert {name for name, x in packed.items() if x.dtype == torch.uint8} == set(LABELS) - {"depth", "normals"} | {
+        "image"
+    }
+    sample = transforms.unpack(packed)
     assert sample["image"].shape == sample["normals"].shape == (3, *shape)
     assert sample["image"].dtype == torch.float32 and sample["image"].max() == 1
     assert {name for name, x in sample.items() if x.dtype == torch.int64} == {"semseg", "human_parts"}
     assert sample["semseg"].unique().item() == sample["edge"].unique().item() == 255
+
+
+def test_resizing_packed_or_unpacked_differs_by_rounding_alone():
+    generator = torch.Generator().manual_seed(0)
+    packed = {
+        "image": torch.randint(0, 256, (3, 40, 60), generator=generator, dtype=torch.uint8),
+        "semseg": torch.randint(0, 9, (40, 60), generator=generator, dtype=torch.uint8),
+        "normals": F.normalize(torch.randn(3, 40, 60, generator=generator), dim=0),
+    }
+    for size in ((31, 33), (64, 80)):
+        before = transforms.unpack(transforms.resize(packed, size))
+        after = transforms.resize(transforms.unpack(packed), size)
+        assert (before["image"] - after["image"]).abs().max() <= 1 / 255
+        assert torch.equal(before["semseg"], after["semseg"]) and torch.equal(before["normals"], after["normals"])
+
+
+@pytest.mark.parametrize("degrees, zoom", [(0, 1.5), (25, 1), (-40, 1.25), (90, 0.8)])
+def test_a_squashed_picture_turns_as_it_would_have_turned_before(degrees, zoom):
+    """Where each pixel came from, in closed form: out of the square, a turn in the frame, and back into the square."""
+    height, width = 96, 160
+    side = 80
+    squashed = transforms.resize(ramps(height, width), (side, side))
+    moved = transforms.rotate_and_zoom(squashed, degrees, zoom, frame=(height, width))
+    ys, xs = torch.meshgrid(*2 * [(torch.arange(side) + 0.5) / side - 0.5], indexing="ij")
+    angle = math.radians(degrees)
+    x, y = xs * width, ys * height
+    column = (math.cos(angle) * x + math.sin(angle) * y) / zoom + width / 2 - 0.5
+    row = (-math.sin(angle) * x + math.cos(angle) * y) / zoom + height / 2 - 0.5
+    rim = 4
+    inside = (column > rim) & (column < width - 1 - rim) & (row > rim) & (row < height - 1 - rim)
+    assert inside.float().mean() > 0.2
+    assert (moved["image"][0] * width - column)[inside].abs().max() < 0.1
+    assert (moved["image"][1] * height - row)[inside].abs().max() < 0.1
+    # Nearest twice: half a pixel of the square (2 columns, 1.2 rows), and half a pixel of the frame.
+    assert (moved["depth"] * zoom - 1 - column)[inside].abs().max() <= 0.5 * width / side + 0.5 + 1e-2
+    assert (moved["semseg"] - row)[inside].abs().max() <= 0.5 * height / side + 0.5 + 1e-2
+
+
+def test_zooms_may_be_listed():
+    settings = Augment(hflip=0, scales=(1.0, 1.2, 1.5))
+    seen = set()
+    for seed in range(40):
+        out = transforms.augment(ramps(), settings, torch.Generator().manual_seed(seed), SIZE)
+        zoom = next(
+            z for z in settings.scales if torch.equal(out["depth"], transforms.rotate_and_zoom(ramps(), 0, z)["depth"])
+        )
+        for name in LABELS:
+            torch.testing.assert_close(out[name], transforms.rotate_and_zoom(ramps(), 0, zoom)[name], rtol=0, atol=1e-6)
+        seen.add(zoom)
+    assert seen == set(settings.scales)
+    with pytest.raises(ValueError, match="not both"):
+        Augment(scale=(0.5, 1), scales=(1.0, 2.0))
 
 
 def test_hflip_twice_is_the_identity():
@@ -210,7 +266,7 @@ def test_augment_with_certain_outcomes(seed):
 def test_augment_draws_within_the_recipes_ranges(monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        transforms, "rotate_and_zoom", lambda s, degrees, zoom, border: drawn.append((degrees, zoom)) or s
+        transforms, "rotate_and_zoom", lambda s, degrees, zoom, border, frame: drawn.append((degrees, zoom)) or s
     )
     generator = torch.Generator().manual_seed(0)
     for _ in range(300):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -187,13 +188,16 @@ def classified(predicted, truth, classes):
 def test_iou_by_hand():
     metric = classified([0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 255, 0], 4)
     # 0: one of {0, 1, 5}; 1: two of {1, 2, 3}; 2: predicted, but in no truth; 3: never occurs.
-    assert metric.per_class() == pytest.approx([100 / 3, 200 / 3, None, None])
+    metric.compute()
+    assert metric.per_class == pytest.approx([100 / 3, 200 / 3, None, None])
     assert metric.compute() == {"mIoU": pytest.approx(50)}
 
 
 def test_an_absent_class_has_no_iou_and_a_missed_one_has_zero():
-    assert classified([0, 0], [0, 0], 3).per_class() == [100, None, None]
-    assert classified([0, 0], [0, 1], 3).per_class() == [50, 0, None]
+    for truth, expected in (([0, 0], [100, None, None]), ([0, 1], [50, 0, None])):
+        metric = classified([0, 0], truth, 3)
+        metric.compute()
+        assert metric.per_class == expected
 
 
 # Saliency
@@ -222,6 +226,33 @@ def test_saliency_of_an_empty_image_found_empty_counts_as_one():
 
 def test_saliency_of_no_image():
     assert math.isnan(MaxMeanIoU().compute()["max_mIoU"])
+
+
+# Several processes
+
+
+def shard(rank, address, folder):
+    """One of two processes, with three or two of the five images."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
+    found = {}
+    for task in TASKS:
+        logits, label = example(task)
+        metric = make(task, CHANNELS[task])
+        metric.update(logits[rank::2], label[rank::2])
+        found[task] = (metric.compute(), getattr(metric, "per_class", None))
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_figures_of_one(tmp_path):
+    torch.multiprocessing.spawn(shard, (tmp_path / "address", tmp_path), nprocs=2)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        for task in TASKS:
+            whole = make(task, CHANNELS[task])
+            whole.update(*example(task))
+            assert found[task][0] == pytest.approx(whole.compute(), rel=1e-9), task
+            assert found[task][1] == pytest.approx(getattr(whole, "per_class", None)), task
 
 
 # Normals and depth
