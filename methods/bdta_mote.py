@@ -219,12 +219,15 @@ class MoTE(nn.Module):
         ]
 
     def forward(self, maps: Maps, general: Sequence[Tensor]) -> Maps:
+        """R_t = A'_t + sum_q (gamma_t g_t(q)) A'_q: no stack of experts and no blend is kept for backward."""
         mixed: Maps = {task: [] for task in maps}
         for stage, (gates, gamma) in enumerate(zip(self.gates(general), self.gamma, strict=True)):
-            experts = torch.stack([maps[task][stage] for task in maps], 1)  # (B, K, H, W, width)
-            blends = torch.einsum("btq,bqhwc->tbhwc", gates.to(experts.dtype), experts)
-            for task, blend in zip(maps, blends, strict=True):
-                mixed[task].append(maps[task][stage] + gamma[task] * blend)
+            for t, task in enumerate(maps):
+                out = maps[task][stage]
+                for q, expert in enumerate(maps):
+                    share = gates[:, t, q].view(-1, 1, 1, 1) * gamma[task]
+                    out = torch.addcmul(out, share.to(out.dtype), maps[expert][stage])
+                mixed[task].append(out)
         return mixed
 
 

@@ -68,6 +68,9 @@ def make_optimizer(model: nn.Module, recipe: Recipe, batch_size: int) -> torch.o
     return kind(groups, lr=lr, betas=settings.betas)
 
 
+PHASES = ("forward", "loss", "backward", "optimizer")  # loss: upsampling, losses and their backward to the logits
+
+
 class Trainer:
     """A model, its optimizer and one optimization step."""
 
@@ -79,6 +82,8 @@ class Trainer:
         self.model, self.optimizer = accelerator.prepare(model, make_optimizer(model, recipe, batch_size))
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.clip_groups = model.clip_groups()
+        self.losses_together = False  # the plain way, for comparison: all full-resolution logits at once
+        self.phase: Callable[[str], None] = lambda name: None  # called as a step enters each of PHASES
         self.model.train()
 
     def step(self, batch: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -88,25 +93,42 @@ class Trainer:
         backward of the model then starts from the collected gradients: the same gradients, without the
         full-resolution logits of all tasks in memory at once.
         """
+        self.phase("forward")
         factor = learning_rate(self.recipe.schedule, step, self.total_steps)
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * factor
         self.optimizer.zero_grad(set_to_none=True)
+        losses = self._backward_at_once(batch) if self.losses_together else self._backward(batch)
+        self.phase("optimizer")
+        if self.recipe.clip_norm is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+            for group in self.clip_groups:
+                nn.utils.clip_grad_norm_(group, self.recipe.clip_norm)
+        self.optimizer.step()
+        self.phase("")
+        return losses
+
+    def _backward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         logits = self.model(batch["image"], upsample=False)
         losses, leaves = {}, []
+        self.phase("loss")
         for task, out in logits.items():
             leaf = out.detach().requires_grad_()
             loss = LOSSES[task](upsample_logits(leaf, batch["image"].shape[-2:]), batch[task])
             self.accelerator.backward(self.recipe.loss_weights[task] * loss)
             losses[task] = loss.detach()
             leaves.append(leaf)
+        self.phase("backward")
         torch.autograd.backward(list(logits.values()), [leaf.grad for leaf in leaves])
-        if self.recipe.clip_norm is not None:
-            self.accelerator.unscale_gradients(self.optimizer)
-            for group in self.clip_groups:
-                nn.utils.clip_grad_norm_(group, self.recipe.clip_norm)
-        self.optimizer.step()
         return losses
+
+    def _backward_at_once(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        outputs = self.model(batch["image"])
+        self.phase("loss")
+        losses = {task: LOSSES[task](out, batch[task]) for task, out in outputs.items()}
+        self.phase("backward")
+        self.accelerator.backward(sum(self.recipe.loss_weights[task] * loss for task, loss in losses.items()))
+        return {task: loss.detach() for task, loss in losses.items()}
 
     def total_loss(self, losses: Mapping[str, Tensor]) -> float:
         return sum(self.recipe.loss_weights[task] * loss.item() for task, loss in losses.items())

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def transform(theta: Tensor, x: Tensor, time: float = 1.0) -> Tensor:
@@ -39,9 +40,14 @@ def transform(theta: Tensor, x: Tensor, time: float = 1.0) -> Tensor:
         left_time = torch.where(crosses, left_time - arrival, 0.0)
         cell = torch.where(crosses, cell + torch.where(forward, 1, -1), cell).clamp(0, cells - 1)
         # A point that has arrived stays; asking whether all have makes a GPU wait, so not each time.
-        if index % 8 == 7 and (x.is_meta or not crosses.any()):
+        if index % 8 == 7 and (_without_values(x) or not crosses.any()):
             break
     return x
+
+
+def _without_values(x: Tensor) -> bool:
+    """Whether only shapes are being worked out; eight rounds then stand for however many there are."""
+    return x.is_meta or isinstance(x, FakeTensor)
 
 
 def _expm1_ratio(z: Tensor) -> Tensor:

@@ -7,10 +7,12 @@ points around its own position, at learned offsets and with learned weights.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class DeformableAttention(nn.Module):
@@ -81,10 +83,45 @@ class DeformableAttention(nn.Module):
 
         maps = value.view(batch, height, width, self.heads, -1).permute(0, 3, 4, 1, 2).flatten(0, 1)
         # Positions are sampled in float32: half precision would not resolve a pixel of a large map.
-        grid = 2 * by_head(locations) - 1
-        samples = F.grid_sample(maps.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        out = (samples * by_head(weights).unsqueeze(1).float()).sum(-1)  # (N * M, d / M, Hq * Wq)
+        out = sample_and_sum(maps.float(), 2 * by_head(locations) - 1, by_head(weights).float())
         return out.view(batch, dim, *queries).permute(0, 2, 3, 1).to(value.dtype)
+
+
+def sample_and_sum(maps: Tensor, grid: Tensor, weights: Tensor) -> Tensor:
+    """maps (N, C, H, W), grid (N, Q, P, 2) in [-1, 1], weights (N, Q, P) -> weighted sums of P samples, (N, C, Q).
+
+    The P samples of a query are P times its size, the largest thing here; none is kept, backward samples again.
+    """
+    return _SampleAndSum.apply(maps, grid, weights)
+
+
+def _samples(maps: Tensor, grid: Tensor) -> Tensor:
+    return F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+class _SampleAndSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, grid: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(maps, grid, weights)
+        return _samples(maps, grid).mul_(weights.unsqueeze(1)).sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        maps, grid, weights = ctx.saved_tensors
+        of_maps, of_grid, of_weights = ctx.needs_input_grad
+        grad = grad.unsqueeze(-1)
+        grad_weights = _samples(maps, grid).mul_(grad).sum(1) if of_weights else None
+        grad_maps = grad_grid = None
+        if of_maps or of_grid:
+            spread = grad * weights.unsqueeze(1)  # the gradient of the samples
+            grad_maps, grad_grid = torch.ops.aten.grid_sampler_2d_backward(
+                spread, maps, grid, BILINEAR, ZEROS, False, [of_maps, True]
+            )
+        return grad_maps, grad_grid if of_grid else None, grad_weights
+
+
+BILINEAR = ZEROS = 0  # as aten numbers them
 
 
 class ConvFFN(nn.Module):

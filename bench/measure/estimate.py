@@ -1,0 +1,190 @@
+"""Memory and operations of a training step without a GPU: the step runs on fake tensors, which have shapes and no values.
+
+What is counted is live tensors, in blocks of 512 bytes as CUDA's allocator gives them. What is not: workspaces inside
+kernels, fragmentation, the CUDA context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+
+from bench.errors import BenchError
+from bench.measure.cuda_like import LikeCUDA
+from bench.measure.live import LiveBytes
+from bench.measure.profile import synthetic_batch
+from bench.recipe import Recipe
+from bench.spec import Precision
+from bench.train.loop import PHASES, Trainer
+from methods.model import MultiTaskModel
+
+CUDA_GRANULE = 512  # bytes
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes and operations of one training step at `batch_size`.
+
+    phases    peak while the step was in each of PHASES
+    holders   who held the bytes of the highest peak, the most first: a module's path, "weights" for parameters, buffers
+              and the batch, "" for what is made outside the model (losses, gradients, optimizer)
+    forward, backward   floating-point operations (a multiply-add is two); of losses and optimizer there are none counted
+    """
+
+    batch_size: int
+    trainable: int
+    weights: int
+    peak: int
+    phases: dict[str, int]
+    forward: int
+    backward: int
+    holders: dict[str, int] = field(default_factory=dict)
+
+
+class _FakeBytes(LiveBytes):
+    """Fake tensors have no values: a step counter of the optimizer reads as 1, anything else is an error."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if (
+            self._phase == "optimizer"
+            and func is torch.ops.aten._local_scalar_dense.default
+            and isinstance(args[0], FakeTensor)
+        ):
+            return 1.0
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def estimate(
+    build: Callable[[], MultiTaskModel],
+    size: tuple[int, int],
+    recipe: Recipe,
+    batch_size: int,
+    precision: Precision = "fp32",
+    cuda: bool = True,
+    losses_together: bool = False,
+) -> Estimate:
+    """The second of two steps (the first makes the optimizer's moments) of the model that `build` gives, for images of
+    (height, width) = size. `cuda=False`: as a CPU would run it; `losses_together` as in Trainer.
+
+    Raises BenchError naming an operator whose result depends on values, or that has no rule for shapes alone.
+    """
+    mode = FakeTensorMode()
+    model = fake_model(build, mode)
+    try:
+        with mode:
+            trainer = Trainer(model, recipe, batch_size, 2, Accelerator(cpu=True, device_placement=False))
+            trainer.losses_together = losses_together
+            batch = synthetic_batch(model.tasks, size, batch_size, torch.device("cpu"))
+            with _as_on_cuda(trainer, AUTOCAST.get(precision)) if cuda else nullcontext():
+                return step_bytes(trainer, batch, _FakeBytes(CUDA_GRANULE if cuda else 1))
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
+        raise BenchError(f"no estimate: {error.func} has no result without values") from error
+    except NotImplementedError as error:
+        raise BenchError(f"no estimate: {str(error).splitlines()[0]}") from error
+
+
+def step_bytes(trainer: Trainer, batch: Mapping[str, Tensor], live: LiveBytes) -> Estimate:
+    """Run two steps under `live` and sum up the second."""
+    model = trainer.plain_model
+    with live, live.watching(model):
+        live.hold([*model.parameters(), *model.buffers()])
+        weights = live.live
+        live.hold(batch.values())
+        trainer.phase = live.phase
+        trainer.step(batch, 0)
+        live.restart()
+        trainer.step(batch, 1)
+    return Estimate(
+        batch_size=batch["image"].shape[0],
+        trainable=model.ledger().trainable,
+        weights=weights,
+        peak=live.peak,
+        phases={phase: live.peaks[phase] for phase in PHASES},
+        forward=live.flops["forward"],
+        backward=live.flops["backward"],
+        holders=dict(live.holders.most_common()),
+    )
+
+
+def fake_model(build: Callable[[], MultiTaskModel], mode: FakeTensorMode) -> MultiTaskModel:
+    """The model, built on the meta device, with every tensor as a fake one on the CPU; what is shared stays so."""
+    with torch.device("meta"):
+        model = build()
+    storages: dict[tuple, Tensor] = {}
+    made: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def fake(old: Tensor) -> Tensor:
+        if id(old) not in made:
+            place = (old.untyped_storage()._cdata, old.storage_offset(), tuple(old.shape), old.stride())
+            with mode:
+                if place not in storages:
+                    storages[place] = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device="cpu")
+                new = storages[place]
+                new = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+            made[id(old)] = (old, new)  # the old one too: an id is its own only while it lives
+        return made[id(old)][1]
+
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            tensors.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})
+    return model
+
+
+@contextmanager
+def _as_on_cuda(trainer: Trainer, dtype: torch.dtype | None) -> Iterator[None]:
+    """CUDA's rules for forward and whatever of it is recomputed in backward; the optimizer takes all tensors at once."""
+    forward, cuda = trainer.model.forward, LikeCUDA(dtype)
+
+    def in_float32(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        logits = forward(*args, **kwargs)
+        cuda.forget_casts()  # autocast ends with the forward
+        return {task: out.float() for task, out in logits.items()}  # as accelerate does
+
+    trainer.model.forward = in_float32
+    for group in trainer.optimizer.param_groups:
+        group["foreach"] = True
+    with cuda:
+        yield
+
+
+def largest_batch(measure: Callable[[int], int], limit: int, start: int = 8, most: int = 4096) -> int:
+    """The largest batch whose peak `measure(batch)` is at most `limit` bytes; 0 where one image does not fit.
+
+    A straight line through the peaks of two batches gives a guess; then by bisection around it.
+    """
+    peaks: dict[int, int] = {}
+
+    def fits(batch: int) -> bool:
+        if batch not in peaks:
+            peaks[batch] = measure(batch)
+        return peaks[batch] <= limit
+
+    if not fits(1):
+        return 0
+    fits(start)
+    slope = max((peaks[start] - peaks[1]) / max(start - 1, 1), 1)
+    guess = min(max(int(1 + (limit - peaks[1]) / slope), 1), most)
+    low, high = 1, most + 1
+    step = 1
+    while high - low > 1:
+        middle = min(max(guess, low + 1), high - 1)
+        if fits(middle):
+            low, guess = middle, middle + step
+        else:
+            high, guess = middle, middle - step
+        step *= 2
+    return low

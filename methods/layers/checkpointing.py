@@ -1,0 +1,79 @@
+"""Activation checkpointing for any method: less memory for a second forward, the same figures.
+
+Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016. What is recomputed in backward are units: the two
+sub-layers of a transformer block where a method uses the backbone's verbs, and every module that is an element of an
+nn.ModuleList or nn.ModuleDict of the model (a method's blocks and stages, the decoder's necks and heads).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils.checkpoint import checkpoint
+
+from methods.backbones.base import TransformerBackbone
+
+CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """From now on the model keeps the inputs of its units alone and recomputes the rest in backward."""
+    inside = [False]  # a unit within a unit is part of it
+
+    def recomputed(module: nn.Module, forward: Callable) -> Callable:
+        @functools.wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if inside[0] or not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            again = _again(module, _get_current_function_mode_stack())
+            return checkpoint(once, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again), **kwargs)
+
+        def once(*args: Any, **kwargs: Any) -> Any:
+            inside[0] = True
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                inside[0] = False
+
+        return run
+
+    for module in model.modules():
+        if isinstance(module, TransformerBackbone):
+            module.attention = recomputed(module, module.attention)
+            module.feed_forward = recomputed(module, module.feed_forward)
+    for unit in dict.fromkeys(_units(model)):
+        unit.forward = recomputed(unit, unit.forward)
+
+
+def _units(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(module, CONTAINERS) and not isinstance(child, CONTAINERS):
+            yield child
+        else:
+            yield from _units(child)
+
+
+@contextmanager
+def _again(module: nn.Module, modes: list[TorchFunctionMode]) -> Iterator[None]:
+    """For the recomputation: torch's function modes are those of the forward, and a batch norm must not update its
+    running statistics a second time."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        with ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(batches)

@@ -1,0 +1,114 @@
+"""Activation checkpointing changes memory, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from methods.layers.checkpointing import checkpoint_activations
+from methods.registry import all_methods
+
+
+def step(model):
+    """Outputs and gradients of a training step with its dropout and its noise; the same draws every time."""
+    model.train()
+    torch.manual_seed(1)
+    outputs = model(torch.rand(2, 3, 64, 64))
+    sum((out * torch.randn_like(out)).mean() for out in outputs.values()).backward()
+    return outputs
+
+
+@pytest.mark.parametrize("name", list(all_methods()))
+def test_figures_are_the_same_for_every_method(build, name):
+    plain = build(name)
+    low = copy.deepcopy(plain)
+    checkpoint_activations(low)
+    expected, found = step(plain), step(low)
+    for task in expected:
+        torch.testing.assert_close(found[task], expected[task], rtol=0, atol=0)
+    for (path, one), other in zip(plain.named_parameters(), low.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None), path
+        if one.grad is not None:
+            torch.testing.assert_close(other.grad, one.grad, rtol=1e-5, atol=1e-7, msg=path)
+    state = low.state_dict()  # the running statistics of batch norms too
+    assert all(torch.equal(state[key], value) for key, value in plain.state_dict().items())
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.units = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5)) for _ in range(3)
+        )
+
+    def forward(self, x):
+        for unit in self.units:
+            x = unit(x)
+        return x
+
+
+def kept(model, x):
+    """Bytes that backward holds on to, input, weights and statistics left out."""
+    own = {t.untyped_storage().data_ptr() for t in [x, *model.parameters(), *model.buffers()]}
+    seen = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(x)
+    return sum(size for size, _ in seen.values()), out
+
+
+def test_only_the_inputs_of_units_are_kept():
+    x = torch.randn(4, 8, 16, 16)
+    plain = Net().train()
+    low = copy.deepcopy(plain)
+    checkpoint_activations(low)
+    assert kept(plain, x)[0] > 3 * 3 * x.nbytes
+    assert kept(low, x)[0] == 2 * x.nbytes  # of the second and the third unit; that of the first is x
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(x), low.eval()(x))
+
+
+def test_two_steps_leave_the_same_running_statistics():
+    plain = Net().train()
+    low = copy.deepcopy(plain)
+    checkpoint_activations(low)
+    for model in (plain, low):
+        torch.manual_seed(3)
+        for _ in range(2):
+            model(torch.randn(4, 8, 6, 6)).sum().backward()
+    assert plain.units[0][1].num_batches_tracked == low.units[0][1].num_batches_tracked == 2
+    assert low.units[0][1].momentum == 0.1
+    for one, other in zip(plain.buffers(), low.buffers(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_unit_inside_a_unit_is_recomputed_once():
+    calls = []
+
+    class Leaf(nn.Linear):
+        def forward(self, x):
+            calls.append(1)
+            return super().forward(x)
+
+    class Nest(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.ModuleList([Leaf(4, 4), Leaf(4, 4)])
+
+        def forward(self, x):
+            return self.inner[1](self.inner[0](x).relu())
+
+    model = nn.Module()
+    model.outer = nn.ModuleList([Nest()])
+    checkpoint_activations(model)
+    model.outer[0](torch.randn(2, 4, requires_grad=True)).sum().backward()
+    assert len(calls) == 4

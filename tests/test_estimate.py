@@ -1,0 +1,198 @@
+"""Estimates on fake tensors against the live bytes of real steps, and against sums by hand."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from bench import recipe as recipes
+from bench.errors import BenchError
+from bench.measure.cuda_like import LikeCUDA
+from bench.measure.estimate import estimate, largest_batch, step_bytes
+from bench.measure.live import LiveBytes
+from bench.measure.profile import synthetic_batch
+from bench.train.loop import PHASES, Trainer
+from methods.decoder import Decoder
+from methods.model import Features, MultiTaskModel
+from methods.registry import all_methods
+
+SIZE = (64, 64)
+RECIPE = recipes.load("mtlora")  # clips
+
+
+# counting
+
+
+def test_live_bytes_of_a_chain_by_hand():
+    """x (1 MiB) -> two products, of which the first is freed after the second: 3 MiB at most, 2 in the end."""
+    x = torch.ones(2**18)
+    with LiveBytes() as live:
+        live.hold([x])
+        live.phase("run")
+        y = x * 2
+        z = y * 2
+        assert live.live == 3 * 2**20
+        del y
+        assert live.live == 2 * 2**20
+        z += 1
+        view = z.view(2, -1)[0]
+        assert live.live == 2 * 2**20
+        del z
+        assert live.live == 2 * 2**20  # the view holds it
+        del view
+    assert live.live == 2**20 and live.peaks["run"] == live.peak == 3 * 2**20
+
+
+def test_blocks_are_rounded_up():
+    with LiveBytes(512) as live:
+        kept = [torch.empty(1), torch.empty(129)]
+    assert live.live == 512 + 1024 and kept
+
+
+def test_what_autograd_keeps_is_live_until_backward():
+    weight = torch.ones(256, 256, requires_grad=True)
+    with LiveBytes() as live:
+        out = torch.ones(256, 256).exp().mul(weight)  # keeps exp's result for the gradient of the weight
+        assert live.live == 2 * 2**18
+        out.sum().backward()
+        del out
+    assert live.live == 2**18 and weight.grad.nbytes == 2**18  # the gradient alone
+
+
+def test_holders_and_operations_by_hand():
+    model = nn.Sequential(nn.Linear(64, 128, bias=False), nn.ReLU())
+    with LiveBytes() as live, live.watching(model):
+        live.hold(model.parameters())
+        live.phase("forward")
+        out = model(torch.ones(16, 64))
+    assert live.flops == {"forward": 2 * 16 * 64 * 128}
+    assert live.holders["weights"] == 64 * 128 * 4 and live.holders["0"] == live.holders["1"] == out.nbytes
+    assert live.holders[""] == 16 * 64 * 4  # the input
+
+
+# fake against real
+
+
+@pytest.mark.parametrize("method", sorted(all_methods()))
+def test_an_estimate_is_the_live_bytes_of_a_real_step(method, build, tasks):
+    """Within 2 %, phase by phase."""
+    guess = estimate(lambda: build(method), SIZE, RECIPE, 3, cuda=False)
+    model = build(method)
+    trainer = Trainer(model, RECIPE, 3, 2, Accelerator(cpu=True))
+    real = step_bytes(trainer, synthetic_batch(tasks, SIZE, 3, torch.device("cpu")), LiveBytes())
+    assert guess.weights == real.weights and guess.trainable == real.trainable
+    assert guess.peak == pytest.approx(real.peak, rel=0.02)
+    for phase in PHASES:
+        assert guess.phases[phase] == pytest.approx(real.phases[phase], rel=0.02), phase
+    assert guess.forward == real.forward > 0 and guess.backward == real.backward > 0
+
+
+def test_estimates_change_no_weights_and_need_none(build):
+    before = torch.get_rng_state()
+    estimate(lambda: build("ours"), SIZE, RECIPE, 2)
+    model = build("ours")
+    expected = copy.deepcopy(model.state_dict())
+    torch.set_rng_state(before)
+    assert all(torch.equal(expected[name], tensor) for name, tensor in build("ours").state_dict().items())
+
+
+def test_memory_grows_with_the_batch_by_activations_alone(build):
+    one, two, four = (estimate(lambda: build("bitfit[sharing=shared]"), SIZE, RECIPE, b).peak for b in (8, 16, 32))
+    assert four - two == pytest.approx(2 * (two - one), rel=0.02)
+
+
+def test_half_precision_takes_less(build):
+    full, half = (estimate(lambda: build("multi_task_full", size=(128, 128)), (128, 128), RECIPE, 8, p) for p in ("fp32", "bf16"))
+    assert 0.4 * full.peak < half.peak < 0.9 * full.peak and half.forward == full.forward
+
+
+def test_losses_one_task_at_a_time_take_less(build):
+    apart, together = (
+        estimate(lambda: build("decoder_only"), SIZE, RECIPE, 8, losses_together=t) for t in (False, True)
+    )
+    assert apart.peak < together.peak and apart.backward == together.backward
+
+
+class Indecisive(nn.Module):
+    def forward(self, image):
+        return Features({"depth": [image * (2 if image.sum().item() > 0 else 1)] * 4})
+
+
+def test_what_depends_on_values_is_named():
+    def build():
+        heads = {"depth": nn.Conv2d(3, 1, 1)}
+        decoder = Decoder({"depth": [nn.Identity()] * 4}, heads, [3] * 4)
+        return MultiTaskModel(Indecisive(), decoder, {"depth": 1})
+
+    with pytest.raises(BenchError, match="aten._local_scalar_dense"):
+        estimate(build, SIZE, RECIPE, 2)
+
+
+# CUDA's rules
+
+
+def test_dropout_keeps_a_boolean_mask():
+    x = torch.ones(1000, requires_grad=True)
+
+    def kept():
+        with LiveBytes() as live:
+            y = torch.nn.functional.dropout(x, 0.5)
+            assert y is not None
+            return live.live
+
+    plain = kept()
+    with LikeCUDA():
+        cuda = kept()
+    assert plain == 4000 + 4000 and cuda == 4000 + 1000
+
+
+def test_fused_attention_gives_the_shapes_and_gradients():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), LikeCUDA():
+        q, k, v = (torch.empty(2, 3, 49, 32, requires_grad=True) for _ in range(3))
+        bias = torch.empty(1, 3, 49, 49, requires_grad=True)
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        out.sum().backward()
+    assert out.shape == q.shape == q.grad.shape and bias.grad.shape == bias.shape
+
+
+@pytest.mark.parametrize("name", ["linear", "layer_norm", "add", "grid_sample", "softmax", "matmul", "gelu"])
+def test_autocast_gives_cudas_types(name):
+    """By CUDA's lists in torch's documentation of torch.amp."""
+    low, high = torch.ones(2, 3, 4, 4, dtype=torch.bfloat16), torch.ones(2, 3, 4, 4)
+    grid = torch.zeros(2, 4, 4, 2)
+    with LikeCUDA(torch.bfloat16):
+        found = {
+            "linear": lambda: nn.functional.linear(high, torch.ones(5, 4)),
+            "matmul": lambda: high @ high,
+            "layer_norm": lambda: nn.functional.layer_norm(low, (4,)),
+            "softmax": lambda: low.softmax(-1),
+            "add": lambda: low + high,
+            "grid_sample": lambda: nn.functional.grid_sample(low, grid, align_corners=False),
+            "gelu": lambda: nn.functional.gelu(low),
+        }[name]()
+    expected = {"linear": torch.bfloat16, "matmul": torch.bfloat16, "gelu": torch.bfloat16}
+    assert found.dtype == expected.get(name, torch.float32)
+
+
+# the largest batch
+
+
+@pytest.mark.parametrize("limit, expected", [(99, 0), (110, 1), (119, 1), (120, 2), (1000, 90), (10**9, 4096)])
+def test_the_largest_batch_on_a_straight_line(limit, expected):
+    assert largest_batch(lambda batch: 100 + 10 * batch, limit) == expected
+
+
+def test_the_largest_batch_on_a_crooked_line():
+    asked = []
+
+    def peak(batch):
+        asked.append(batch)
+        return 100 + 10 * batch + (50 if batch > 20 else 0)
+
+    assert largest_batch(peak, 330) == 20 and len(asked) == len(set(asked)) <= 10
