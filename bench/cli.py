@@ -119,7 +119,7 @@ def run(
         "limit_val": limit_val, "eval_size": eval_size,
     }  # fmt: skip
     chosen = {k: v for k, v in given.items() if v is not None} | ({"skip_bad": True} if skip_bad else {})
-    jobs = grid.jobs(suite, chosen, data_root, device, workers, out, tell=errors.print, cache=cache)
+    jobs = grid.jobs(suite, chosen, data_root, device, workers, out, tell=errors.print, cache=cache, read=not dry_run)
     if dry_run:
         _print_cells(jobs, console)
         return

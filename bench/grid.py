@@ -8,7 +8,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -20,6 +20,7 @@ from bench import yamlfile
 from bench.data import card as cards
 from bench.data import subset
 from bench.data.card import Card
+from bench.data.verify import unusable
 from bench.errors import BenchError, did_you_mean
 from bench.measure import provenance
 from bench.spec import EvalSize, Job, Precision, Protocol, RunSpec
@@ -95,16 +96,18 @@ def jobs(
     out: Path,
     tell: Callable[[str], None] = lambda line: None,
     cache: str = "none",
+    read: bool = True,
 ) -> list[Job]:
     """Every cell, in order: backbones, then methods, then seeds. Raises BenchError or MethodError in one line.
 
-    Where `all` methods were asked for, those that refuse a backbone are left out and `tell` hears why.
+    With `read`, every image and label in use is read once, so that a bad one is named before anything is trained. Where
+    `all` methods were asked for, those that refuse a backbone are left out and `tell` hears why.
     """
     settings = _settings(suite, given)
     _one_of("cache", cache, ("none", "ram", "disk"))
     recipe = recipes.load(settings.recipe)
     seeds = _seeds(str(settings.seeds))
-    data = _data(settings, recipe, data_root, tell)
+    data = _data(settings, recipe, data_root, read, tell)
     size = parse_size(settings.image_size) or recipe.image_size or data.card.image_size
     epochs, steps = _length(settings, recipe)
 
@@ -177,7 +180,9 @@ def _settings(suite: str | None, given: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def _data(settings: Settings, recipe: recipes.Recipe, root: Path | None, tell: Callable[[str], None]) -> Data:
+def _data(
+    settings: Settings, recipe: recipes.Recipe, root: Path | None, read: bool, tell: Callable[[str], None]
+) -> Data:
     card = cards.load(settings.dataset)
     tasks = cards.choose_tasks(card, settings.tasks)
     unweighted = [task for task in tasks if task not in recipe.loss_weights]
@@ -188,15 +193,21 @@ def _data(settings: Settings, recipe: recipes.Recipe, root: Path | None, tell: C
         channels = json.dumps(card.channels(tasks))
         return Data(card, tasks, hashlib.sha256(channels.encode()).hexdigest()[:12], None, None)
     limits = {"train": settings.limit_train or recipe.limit_train, "val": settings.limit_val or recipe.limit_val}
-    names = {split: subset.ids(card, split, root, limit, tasks, tell) for split, limit in limits.items()}
+
+    def choose(without: Sequence[str] = ()) -> dict[str, list[str]]:
+        return {split: subset.ids(card, split, root, limit, tasks, without, tell) for split, limit in limits.items()}
+
+    names = choose()
+    both = set(names["train"]) & set(names["val"])
+    if both:
+        tell(f"warning: {len(both)} of {len(names['val'])} validation images are trained on too, e.g. {min(both)}")
     skipped: tuple[str, ...] = ()
-    if settings.skip_bad and card.source == "files":
-        skipped = _unreadable(card, cards.require_root(card, root), sum(names.values(), []), tasks, tell)
-        names = {split: [name for name in chosen if name not in skipped] for split, chosen in names.items()}
-        for split, remaining in names.items():
-            if not remaining:
-                raise BenchError(f"{card.name}: every {split} image is unreadable; see `bench data check {card.name}`")
+    if card.source == "files" and (read or settings.skip_bad):
+        names, skipped = _usable(card, cards.require_root(card, root), names, tasks, settings, choose, tell)
     sizes = [size for chosen in names.values() for size in cards.check_files(card, root, chosen, tasks)]
+    batch = settings.batch_size or recipe.batch_size
+    if batch > len(names["train"]):
+        tell(f"warning: batches are of all {len(names['train'])} training images, not of {batch}")
     # A limit that does not bind is none: the same images are the same cell.
     whole = {split: limit is None or limit >= len(cards.ids(card, split, root)) for split, limit in limits.items()}
     return Data(
@@ -209,18 +220,35 @@ def _data(settings: Settings, recipe: recipes.Recipe, root: Path | None, tell: C
     )
 
 
-def _unreadable(
-    card: Card, root: Path, names: list[str], tasks: tuple[str, ...], tell: Callable[[str], None]
-) -> tuple[str, ...]:
-    """The ids whose image or labels cannot be used, found by reading all of them; `tell` hears why."""
-    from bench.data.check import inspect_all
+def _usable(
+    card: Card,
+    root: Path,
+    names: dict[str, list[str]],
+    tasks: tuple[str, ...],
+    settings: Settings,
+    choose: Callable[[Sequence[str]], dict[str, list[str]]],
+    tell: Callable[[str], None],
+) -> tuple[dict[str, list[str]], tuple[str, ...]]:
+    """The ids by split, all of them readable, and those that were left out for it.
 
-    tell(f"reading {len(names)} images and their labels to find those that must be skipped")
-    bad = {name: found.problems for name, found in inspect_all(card, root, names, tasks, provenance.usable_cores())}
-    for name, problems in bad.items():
-        if problems:
-            tell(f"skipped {name}: {problems[0]}")
-    return tuple(name for name, problems in bad.items() if problems)
+    Without --skip-bad a bad image is an error; with it, a limited split gets another image in its place.
+    """
+    skipped: list[str] = []
+    while True:
+        everything = list(dict.fromkeys(names["train"] + names["val"]))
+        bad = unusable(card, root, everything, tasks, provenance.usable_cores(), tell)
+        if not bad:
+            return names, tuple(skipped)
+        if not settings.skip_bad:
+            more = f" (and {len(bad) - 1} more: `bench data check` lists them)" if len(bad) > 1 else ""
+            raise BenchError(f"{card.name}: {next(iter(bad.values()))}{more}; --skip-bad goes on without such images")
+        for name, problem in bad.items():
+            tell(f"skipped {name}: {problem}")
+        skipped += bad
+        names = choose(skipped)
+        for split, remaining in names.items():
+            if not remaining:
+                raise BenchError(f"{card.name}: every {split} image is unreadable; see `bench data check {card.name}`")
 
 
 def _card_reference(dataset: str) -> str:

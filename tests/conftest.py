@@ -9,6 +9,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny tensors more threads co
 import pytest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """Nothing is left in the user's own cache."""
+    os.environ["BENCH_CACHE"] = str(tmp_path_factory.mktemp("bench-cache"))
+
+
 @pytest.fixture(scope="session")
 def tasks():
     return {"semseg": 21, "human_parts": 7, "saliency": 1, "normals": 3}

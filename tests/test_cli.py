@@ -18,6 +18,8 @@ from typer.testing import CliRunner
 
 from bench import grid, resources, run
 from bench.cli import app
+from bench.data import card as cards
+from bench.data.loader import DenseDataset
 from bench.record import scan
 from bench.resources import ROOT
 
@@ -254,11 +256,50 @@ def test_skip_bad_without_an_image_left(own):
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_makes_a_failed_cell_that_names_it_in_one_line(own, name):
+def test_a_broken_file_is_named_before_anything_runs(own, name):
     breaks, expected = BROKEN[name]
     breaks(own / name)
+    line = refusal(*OWN, "--data-root", own)
+    assert str(own / name) in line and expected in line and "--skip-bad" in line
+    assert not Path("runs").exists()
+    assert refusal(*OWN, "--data-root", own) == line  # remembered, not forgotten
+    assert bench(*OWN, "--data-root", own, "--dry-run").exit_code == 0  # reads no image
+
+
+def test_all_that_is_broken_is_counted(own):
+    for name, (breaks, _) in BROKEN.items():
+        breaks(own / name)
+    assert "(and 3 more: `bench data check` lists them)" in refusal(*OWN, "--data-root", own)
+
+
+def test_skip_bad_puts_another_image_in_the_place_of_a_bad_one(own):
+    (own / "a.jpg").write_bytes(b"")
+    given = {"methods": "decoder_only", "backbone": LITE, "recipe": "smoke", "image_size": 32, "weights": "random"}
+    given |= {"dataset": "own.yaml", "limit_train": 1, "skip_bad": True}
+    Image.fromarray(np.zeros((36, 40), np.uint8)).save(own / "b-seg.png")  # without the rarer class: the second choice
+    (job,) = grid.jobs(None, given, own, "cpu", 0, Path("runs"))
+    data = DenseDataset(cards.load("own.yaml"), "train", ("semseg",), (32, 32), own, 1, skipped=job.spec.skipped)
+    assert job.spec.skipped == ("a",) and data.names == ["b"]
+
+
+def test_what_is_trained_and_validated_on_is_warned_about(own):
+    (own / "val.txt").write_text("c a")
+    done = bench(*OWN, "--data-root", own, "--dry-run")
+    assert done.exit_code == 0 and "1 of 2 validation images are trained on too, e.g. a" in done.stderr
+
+
+def test_a_batch_larger_than_the_set_is_warned_about(own):
+    assert "batches are of all 2 training images, not of 9" in bench(
+        *OWN, "--data-root", own, "--dry-run", "--batch-size", "9"
+    ).stderr  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_that_breaks_while_it_runs_makes_a_failed_cell_that_names_it_in_one_line(own, name):
+    breaks, expected = BROKEN[name]
     given = {"methods": "decoder_only", "backbone": LITE, "recipe": "smoke", "image_size": 32, "weights": "random"}
     (job,) = grid.jobs(None, given | {"dataset": "own.yaml"}, own, "cpu", 0, Path("runs"))
+    breaks(own / name)
     with pytest.raises(run.BenchError) as error:
         run.run_cell(job, run.blank_record(job), lambda event, **values: None)
     status, failure = run.classify(error.value)
@@ -266,7 +307,8 @@ def test_a_broken_file_makes_a_failed_cell_that_names_it_in_one_line(own, name):
     assert str(own / name) in failure.message and expected in failure.message
 
 
-def test_cells_that_meet_a_broken_file_fail_one_by_one_and_are_recorded(own):
+def test_cells_that_meet_a_broken_file_fail_one_by_one_and_are_recorded(own, monkeypatch):
+    monkeypatch.setattr(grid, "unusable", lambda *_: {})  # it breaks after all have been read
     (own / "b.jpg").write_bytes((own / "b.jpg").read_bytes()[:500])
     result = bench(*OWN, "--data-root", own, "--seeds", "0,1", "--out", "kept")
     assert result.exit_code == 1

@@ -106,7 +106,9 @@ def test_memory_grows_with_the_batch_by_activations_alone(build):
 
 
 def test_half_precision_takes_less(build):
-    full, half = (estimate(lambda: build("multi_task_full", size=(128, 128)), (128, 128), RECIPE, 8, p) for p in ("fp32", "bf16"))
+    full, half = (
+        estimate(lambda: build("multi_task_full", size=(128, 128)), (128, 128), RECIPE, 8, p) for p in ("fp32", "bf16")
+    )
     assert 0.4 * full.peak < half.peak < 0.9 * full.peak and half.forward == full.forward
 
 

@@ -30,8 +30,8 @@ RECIPE = {
 SMALL = {"methods": "decoder_only", "weights": "random", "image_size": 32, "recipe": "smoke"}
 
 
-def jobs(suite=None, out=Path("runs"), data_root=None, **given):
-    return grid.jobs(suite, given, data_root, "cpu", None, out)
+def jobs(suite=None, out=Path("runs"), data_root=None, read=True, **given):
+    return grid.jobs(suite, given, data_root, "cpu", None, out, read=read)
 
 
 def spec(**given) -> RunSpec:
@@ -263,7 +263,7 @@ def test_where_records_and_data_lie_is_in_no_hash(tmp_path):
         for name, text in {"ids.txt": "a", "a.jpg": "", "a.npy": ""}.items():
             (root / name).write_text(text)
         given = SMALL | {"dataset": str(tmp_path / "own.yaml")}
-        found += jobs(data_root=root, out=root / "runs", **given)
+        found += jobs(data_root=root, out=root / "runs", read=False, **given)
     here, there = found
     assert here.record_path != there.record_path and here.data_root != there.data_root
     assert here.spec == there.spec

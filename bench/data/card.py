@@ -81,6 +81,9 @@ class TaskCard(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> TaskCard:
+        twice = next((name for name in self.classes if self.classes.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two classes are called {twice!r}")
         if self.colours and len(self.colours) != len(self.classes):
             raise ValueError(f"{len(self.colours)} colours for {len(self.classes)} classes")
         unknown = [name for name in self.parts if name not in self.classes[1:]]
@@ -106,7 +109,9 @@ class Fetch(BaseModel):
     def _useful(self) -> Fetch:
         if bool(self.url) == bool(self.manual):
             raise ValueError("fetch needs a url and folder, or a manual step")
-        if self.url and (not self.folder or Path(self.folder).name != self.folder):
+        if self.url and not self.folder:
+            raise ValueError("fetch with a url needs the folder that the archive holds")
+        if self.url and Path(self.folder).name != self.folder:
             raise ValueError(f"fetch.folder must be the name of one folder, not {self.folder!r}")
         return self
 
@@ -158,6 +163,8 @@ class Card(BaseModel):
             if isinstance(value, int) != (self.source == "scenes"):
                 expected = "a number of scenes" if self.source == "scenes" else "the path of a list of ids"
                 raise ValueError(f"splits.{split} must be {expected} where source is {self.source}")
+            if isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
+                raise ValueError(f"splits.{split}: {value!r} must stay below the data root")
         return self
 
     def channels(self, tasks: tuple[str, ...]) -> dict[str, int]:
@@ -195,7 +202,7 @@ def ids(card: Card, split: Literal["train", "val"], root: Path | None) -> list[s
         if not path.is_file():
             raise BenchError(f"{card.name}: no list of {split} images at {path}; is --data-root right?")
         try:
-            names = path.read_text(encoding="utf-8").split()
+            names = path.read_text(encoding="utf-8-sig").split()
         except (OSError, UnicodeDecodeError) as error:
             raise BenchError(f"{card.name}: cannot read {path} as a list of ids: {error}") from error
         if not names:
@@ -203,6 +210,9 @@ def ids(card: Card, split: Literal["train", "val"], root: Path | None) -> list[s
         if len(set(names)) != len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise BenchError(f"{card.name}: {path} names the image {twice!r} twice")
+        outside = next((name for name in names if Path(name).is_absolute() or ".." in Path(name).parts), None)
+        if outside is not None:
+            raise BenchError(f"{card.name}: {path} names {outside!r}, which leads out of the data root")
     return names
 
 

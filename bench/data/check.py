@@ -30,6 +30,7 @@ class Sample:
     size: tuple[int, int] | None = None
     labelled: dict[str, int] = field(default_factory=dict)  # task -> pixels with a label
     classes: dict[str, dict[int, int]] = field(default_factory=dict)  # task -> class -> pixels
+    depths: tuple[float, float, float] | None = None  # least, median and largest, in metres
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Summary:
     labelled: Counter[str] = field(default_factory=Counter)
     unlabelled_images: Counter[str] = field(default_factory=Counter)
     classes: dict[str, Counter[int]] = field(default_factory=dict)
+    depths: list[tuple[float, float, float]] = field(default_factory=list)
 
     def add(self, sample: Sample) -> None:
         self.images += 1
@@ -50,6 +52,7 @@ class Summary:
         if sample.size:
             self.sizes[sample.size] += 1
             self.pixels += sample.size[0] * sample.size[1]
+        self.depths += [sample.depths] if sample.depths else []
         for task, pixels in sample.labelled.items():
             self.labelled[task] += pixels
             self.unlabelled_images[task] += pixels == 0
@@ -77,6 +80,9 @@ def inspect(card: Card, root: Path, name: str, tasks: Sequence[str]) -> Sample:
             continue
         valid = label.any(-1) if task == "normals" else label > 0 if task == "depth" else label != decode.IGNORE
         found.labelled[task] = int(valid.sum())
+        if task == "depth" and valid.any():
+            values = label[valid]
+            found.depths = float(values.min()), float(np.median(values)), float(values.max())
         if TASKS[task].channels is None or task in ("saliency", "edge"):
             values, counts = np.unique(label[valid], return_counts=True)
             found.classes[task] = dict(zip(values.tolist(), counts.tolist(), strict=True))
@@ -112,7 +118,7 @@ def check(card: Card, root: Path, tasks: Sequence[str], console: Console, worker
     for split, summary in summaries.items():
         _print(card, split, summary, tasks, console)
     if both:
-        console.print(f"[yellow]{len(both)} images are in both splits[/yellow], e.g. {escape(min(both))}")
+        console.print(f"[yellow]in both splits: {len(both)} of the images[/yellow], e.g. {escape(min(both))}")
     problems = [line for summary in summaries.values() for line in summary.problems]
     for line in problems[:SHOWN]:
         console.print(f"[red]bad[/red] {escape(line)}", soft_wrap=True)
@@ -141,6 +147,9 @@ def _print(card: Card, split: str, summary: Summary, tasks: Sequence[str], conso
 
 
 def _histogram(card: Card, task: str, summary: Summary) -> str:
+    if task == "depth" and summary.depths:
+        least, middle, most = zip(*summary.depths, strict=True)
+        return f"{min(least):.2f} to {max(most):.2f} m, {np.median(middle):.2f} m in the middle"
     counts = summary.classes.get(task)
     if not counts:
         return ""
@@ -149,5 +158,7 @@ def _histogram(card: Card, task: str, summary: Summary) -> str:
     shares = ", ".join(f"{escape(names[value])} {100 * n / total:.1f} %" for value, n in counts.most_common(6))
     absent = [name for value, name in enumerate(names) if not counts[value]]
     return shares + (
-        f"; {len(absent)} of {len(names)} classes never: {escape(', '.join(absent[:6]))}" if absent else ""
+        f"; {len(absent)} of {len(names)} classes never: {escape(', '.join(absent[:6]))}{', ...' * (len(absent) > 6)}"
+        if absent
+        else ""
     )

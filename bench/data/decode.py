@@ -152,7 +152,10 @@ def _read_raster(path: Path, mode: str | None) -> np.ndarray:
     except FileNotFoundError as error:
         raise BenchError(f"missing file {path}") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise BenchError(f"cannot decode image {path}: {error}") from error
+        if path.is_file() and path.stat().st_size == 0:
+            raise BenchError(f"cannot decode image {path}: the file is empty") from error
+        reason = "no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        raise BenchError(f"cannot decode image {path}: {reason}") from error
 
 
 def _read_npy(path: Path) -> np.ndarray:

@@ -33,10 +33,10 @@ def state(path: Path) -> tuple[str, int, int]:
     return str(path.resolve()), found.st_size, found.st_mtime_ns
 
 
-def cached(sources: Sequence[Path], rule: str, derive: Callable[[], np.ndarray]) -> np.ndarray:
+def cached(sources: Sequence[Path], rule: str, derive: Callable[[], np.ndarray], must_keep: bool = True) -> np.ndarray:
     """`derive()`, a uint8 map (H, W), or what it gave for the same files before.
 
-    Raises BenchError for a missing file, and where the cache cannot be written.
+    Raises BenchError for a missing file, and with `must_keep` where the cache cannot be written.
     """
     key = json.dumps([VERSION, rule, *(state(source) for source in sources)])
     digest = hashlib.sha256(key.encode()).hexdigest()[:24]
@@ -53,7 +53,9 @@ def cached(sources: Sequence[Path], rule: str, derive: Callable[[], np.ndarray])
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if not must_keep:
+            return labels
         raise BenchError(
-            f"cannot cache {path}: {error.strerror or error}; choose another folder with BENCH_CACHE"
+            f"cannot cache {path}: {error.strerror or error}; choose another folder with BENCH_CACHE and --retry"
         ) from error
     return labels

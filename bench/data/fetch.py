@@ -81,7 +81,10 @@ def download(url: str, target: Path, console: Console) -> None:
         total = done = start
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", error)
-        raise BenchError(f"cannot reach {url}: {reason}; the same command goes on where this one stopped") from error
+        raise BenchError(
+            f"cannot reach {url}: {reason}; the same command goes on where this one stopped, or with the archive "
+            f"downloaded by other means to {target}"
+        ) from error
     if total is not None and done < total:
         raise BenchError(f"{url} broke off after {done} of {total} bytes; the same command goes on from there")
     os.replace(part, target)
@@ -105,9 +108,10 @@ def unpack(archive: Path, folder: Path, expected: str) -> None:
             raise BenchError(f"{archive} has no folder {expected}; it holds {found}")
         os.replace(staging / expected, folder / expected)
     except tarfile.FilterError as error:
-        raise BenchError(f"{archive} is not unpacked: {error}") from error
+        raise BenchError(f"{archive} is not unpacked, do not trust it: {error}") from error
     except (tarfile.TarError, EOFError) as error:
-        raise BenchError(f"{archive} is damaged ({error}); delete it and fetch it again") from error
+        reason = str(error).splitlines()[0].rstrip(":") if str(error) else "it ends early"
+        raise BenchError(f"{archive} is damaged or no tar archive ({reason}); delete it and fetch it again") from error
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(staging)

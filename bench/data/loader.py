@@ -45,7 +45,7 @@ class DenseDataset(Dataset):
     ) -> None:
         self.original_labels = original_labels
         self.card, self.tasks, self.size, self.root = card, tasks, size, root
-        self.names = [name for name in subset.ids(card, split, root, limit, tasks) if name not in set(skipped)]
+        self.names = subset.ids(card, split, root, limit, tasks, skipped)
         cards.check_files(card, root, self.names, tasks)
         self.augment, self.seed = augment, seed
         crops = augment is not None and augment.crop_scale is not None

@@ -65,7 +65,10 @@ class SampleCache:
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()
-            raise BenchError(f"cannot cache {path}: {error}; choose another folder with BENCH_CACHE") from error
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise BenchError(
+                f"cannot cache {path}: {reason}; choose another folder with BENCH_CACHE and --retry"
+            ) from error
 
     def path(self, name: str) -> Path:
         """By the card's rules and the path, size and time of change of every file of the sample."""

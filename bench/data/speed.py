@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from bench.data import derived
 from bench.data.card import Card
 from bench.data.loader import DenseDataset
 from bench.data.samples import Kind
+from bench.errors import BenchError
 from bench.recipe import Recipe
 
 ROUNDS = 7
@@ -34,7 +36,8 @@ def compare(
     torch.set_num_threads(1)  # as in a loader process
     before = os.environ.get("BENCH_CACHE")
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        derived.folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=derived.folder()) as folder:  # the disk that a run would use
             os.environ["BENCH_CACHE"] = folder
             sets = {
                 kind: DenseDataset(card, "train", tasks, size, root, count, recipe.augment, cache=kind)
@@ -48,9 +51,11 @@ def compare(
                         samples[max(epoch, 0), index]
                     if epoch >= 0:
                         seconds[kind].append(time.perf_counter() - started)
+    except OSError as error:
+        raise BenchError(f"cannot write to {derived.folder()}: {error}; choose another with BENCH_CACHE") from error
     finally:
         torch.set_num_threads(threads)
-        os.environ.pop("BENCH_CACHE")
+        os.environ.pop("BENCH_CACHE", None)
         if before is not None:
             os.environ["BENCH_CACHE"] = before
     return seconds

@@ -22,15 +22,17 @@ def ids(
     root: Path | None,
     limit: int | None,
     tasks: Sequence[str],
+    without: Sequence[str] = (),
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[str]:
-    """At most `limit` ids of a split, in file order.
+    """At most `limit` ids of a split, in file order, none of `without`.
 
     Where one of the tasks has classes, by `balanced` (the first such task decides; all its labels are read, once);
     otherwise, and for rendered scenes, whose classes are drawn evenly, evenly spaced. `tell` hears of slow reading.
     Raises BenchError for a missing, empty or repeated list.
     """
-    names = cards.ids(card, split, root)
+    left_out = set(without)
+    names = [name for name in cards.ids(card, split, root) if name not in left_out]
     if limit is None or limit >= len(names):
         return names
     task = next((task for task in tasks if TASKS[task].channels is None), None)
@@ -85,4 +87,4 @@ def _presence(card: Card, root: Path, names: Sequence[str], task: str, tell: Cal
         return found
 
     rule = f"presence of {task} in {spec.model_dump_json()} {derived.VERSION}"
-    return derived.cached([path for path in paths if path.is_file()], rule, derive)
+    return derived.cached([path for path in paths if path.is_file()], rule, derive, must_keep=False)

@@ -11,18 +11,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-# torch/include/ATen/autocast_mode.h: AT_FORALL_LOWER_PRECISION_FP, AT_FORALL_FP32 with AT_FORALL_FP32_SET_OPT_DTYPE, and
+# ATen/autocast_mode.h: AT_FORALL_LOWER_PRECISION_FP, AT_FORALL_FP32 with AT_FORALL_FP32_SET_OPT_DTYPE, and
 # AT_FORALL_PROMOTE, as far as they have a name in torch or torch.nn.functional that a model calls.
 LOWER = frozenset({
-    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "prelu", "addmm", "matmul",
-    "__matmul__", "__rmatmul__", "einsum", "mm", "mv", "linear", "addbmm", "baddbmm", "bmm",
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "prelu", "addmm",
+    "matmul", "__matmul__", "__rmatmul__", "einsum", "mm", "mv", "linear", "addbmm", "baddbmm", "bmm",
     "scaled_dot_product_attention",
 })  # fmt: skip
 FLOAT32 = frozenset({
     "acos", "asin", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt", "tan", "pow", "__pow__",
     "softplus", "layer_norm", "rms_norm", "group_norm", "cosine_similarity", "nll_loss", "kl_div", "l1_loss",
-    "smooth_l1_loss", "mse_loss", "cross_entropy", "binary_cross_entropy_with_logits", "logsumexp", "interpolate", "norm",
-    "softmax", "log_softmax", "cumsum", "cumprod", "prod", "sum",
+    "smooth_l1_loss", "mse_loss", "cross_entropy", "binary_cross_entropy_with_logits", "logsumexp", "interpolate",
+    "norm", "softmax", "log_softmax", "cumsum", "cumprod", "prod", "sum",
 })  # fmt: skip
 PROMOTE = frozenset({"addcdiv", "addcmul", "atan2", "cross", "dot", "grid_sample", "tensordot"})
 

@@ -1,4 +1,4 @@
-"""Memory and operations of a training step without a GPU: the step runs on fake tensors, which have shapes and no values.
+"""Memory and operations of a training step without a GPU: it runs on fake tensors, which have shapes and no values.
 
 What is counted is live tensors, in blocks of 512 bytes as CUDA's allocator gives them. What is not: workspaces inside
 kernels, fragmentation, the CUDA context.
@@ -40,9 +40,9 @@ class Estimate:
     """Bytes and operations of one training step at `batch_size`.
 
     phases    peak while the step was in each of PHASES
-    holders   who held the bytes of the highest peak, the most first: a module's path, "weights" for parameters, buffers
-              and the batch, "" for what is made outside the model (losses, gradients, optimizer)
-    forward, backward   floating-point operations (a multiply-add is two); of losses and optimizer there are none counted
+    holders   who held the bytes of the highest peak, the most first: a module's path, "weights" for parameters,
+              buffers and the batch, "" for what is made outside the model (losses, gradients, optimizer)
+    forward, backward   floating-point operations (a multiply-add is two); losses and optimizer have none that count
     """
 
     batch_size: int
@@ -146,7 +146,7 @@ def fake_model(build: Callable[[], MultiTaskModel], mode: FakeTensorMode) -> Mul
 
 @contextmanager
 def _as_on_cuda(trainer: Trainer, dtype: torch.dtype | None) -> Iterator[None]:
-    """CUDA's rules for forward and whatever of it is recomputed in backward; the optimizer takes all tensors at once."""
+    """CUDA's rules for forward and what of it is recomputed in backward; the optimizer takes all tensors at once."""
     forward, cuda = trainer.model.forward, LikeCUDA(dtype)
 
     def in_float32(*args: Any, **kwargs: Any) -> dict[str, Tensor]:

@@ -130,12 +130,33 @@ def test_scenes_of_training_and_validation_do_not_overlap():
     assert not set(train) & set(val)
 
 
-@pytest.mark.parametrize("text, expected", [("", "is empty"), ("a b a", "names the image 'a' twice")])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("", "is empty"),
+        ("a b a", "names the image 'a' twice"),
+        ("a ../b", "names '../b', which leads out of the data root"),
+        ("a scene/../../b", "leads out of the data root"),
+        ("/etc/passwd a", "leads out of the data root"),
+    ],
+)
 def test_an_unusable_list_is_refused_by_path(tmp_path, text, expected):
     (tmp_path / "train.txt").write_text(text)
     with pytest.raises(BenchError, match=expected) as error:
         cards.ids(Card(**GOOD), "train", tmp_path)
     assert str(tmp_path / "train.txt") in str(error.value)
+
+
+def test_a_list_may_start_with_a_byte_order_mark_and_name_folders(tmp_path):
+    (tmp_path / "train.txt").write_bytes(b"\xef\xbb\xbfa/1\r\nb/2\r\n")
+    assert cards.ids(Card(**GOOD), "train", tmp_path) == ["a/1", "b/2"]
+
+
+def test_two_classes_of_one_name_and_a_split_outside_the_root_are_refused(tmp_path):
+    twice = {"semseg": {"path": "{id}.png", "classes": ["road", "car", "road"]}}
+    assert "two classes are called 'road'" in refusal(tmp_path, tasks=twice)
+    outside = {"train": "../train.txt", "val": "val.txt"}
+    assert "'../train.txt' must stay below the data root" in refusal(tmp_path, splits=outside)
 
 
 def test_a_list_that_is_no_text_is_refused_by_path(tmp_path):

@@ -109,7 +109,7 @@ def test_all_that_is_bad_is_named_and_files_of_other_tasks_are_not_read(own):
 
 def test_an_image_in_both_splits_is_told(own):
     (own / "val.txt").write_text("a d")
-    assert "1 images are in both splits, e.g. a" in run(own).output
+    assert "in both splits: 1 of the images, e.g. a" in run(own).output
 
 
 @pytest.mark.parametrize(

@@ -141,8 +141,19 @@ def test_what_is_there_is_not_fetched_again(tmp_path, server, archive):
 def test_an_archive_that_reaches_outside_is_not_unpacked(tmp_path, server, archive, members, link):
     archive(members, link)
     done = run(tmp_path, server)
-    assert done.exit_code == 2 and "OWN_MT.tgz is not unpacked: " in done.output and "Traceback" not in done.output
+    assert (
+        done.exit_code == 2
+        and "OWN_MT.tgz is not unpacked, do not trust it: " in done.output
+        and "Traceback" not in done.output
+    )
     assert not list(tmp_path.rglob("evil.txt")) and not (tmp_path / "data/OWN_MT").exists()
+
+
+def test_a_page_in_place_of_an_archive_is_one_line(tmp_path, server, archive):
+    archive().write_bytes(b"<html>not found</html>")
+    done = run(tmp_path, server)
+    assert done.exit_code == 2 and "is damaged or no tar archive" in done.output
+    assert done.output.splitlines()[-1].startswith("error: ") or done.output.count("method") == 0
 
 
 def test_a_damaged_archive_and_one_of_something_else(tmp_path, server, archive):

@@ -21,7 +21,9 @@ def test_caches_are_read_and_no_cache_is_not(monkeypatch, tmp_path):
         DenseDataset, "_read", lambda self, name: reads.append(self.cache and self.cache.kind) or real(self, name)
     )
     seconds = speed.compare(cards.load("scenes"), None, ("semseg",), (32, 32), recipe.load("bdta"), 3)
-    assert {kind: len(values) for kind, values in seconds.items()} == dict.fromkeys(("none", "ram", "disk"), speed.ROUNDS)
+    assert {kind: len(values) for kind, values in seconds.items()} == dict.fromkeys(
+        ("none", "ram", "disk"), speed.ROUNDS
+    )
     # Each reads its three samples once to fill its cache; without one they are read again every round.
     assert {kind: reads.count(kind) for kind in ("ram", "disk")} == {"ram": 3, "disk": 3}
     assert reads.count(None) == 3 * (1 + speed.ROUNDS)

@@ -1,0 +1,47 @@
+"""Whether every image of a run can be used, found before the first step and not after the last one."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from bench.data import derived
+from bench.data.card import Card, files_of
+from bench.data.check import inspect, inspect_all
+from bench.errors import BenchError
+from bench.record import write_atomically
+
+FEW = 32  # images that are read faster than processes start
+
+
+def unusable(
+    card: Card, root: Path, names: Sequence[str], tasks: Sequence[str], workers: int, tell: Callable[[str], None]
+) -> dict[str, str]:
+    """Id -> what is wrong with its image or labels, for those that cannot be used.
+
+    Files are read once: what was found is kept in the cache folder as long as no file changes. `tell` hears of slow
+    reading. A missing file is a problem like any other.
+    """
+    kept = derived.folder() / "checked" / f"{_digest(card, root, names, tasks)}.json"
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(kept.read_text(encoding="utf-8"))
+    if len(names) > FEW:
+        tell(f"reading {len(names)} images and their labels once, to see that all can be used")
+        found = dict(inspect_all(card, root, names, tasks, workers))
+    else:
+        found = {name: inspect(card, root, name, tasks) for name in names}
+    bad = {name: sample.problems[0] for name, sample in found.items() if sample.problems}
+    with contextlib.suppress(BenchError):  # without a cache folder they are read again next time
+        write_atomically(kept, json.dumps(bad))
+    return bad
+
+
+def _digest(card: Card, root: Path, names: Sequence[str], tasks: Sequence[str]) -> str:
+    rules = card.model_dump(mode="json", include={"image", "tasks"})
+    files = [file for name in names for file in files_of(card, root, name, tasks)]
+    states = [derived.state(file) if file.is_file() else str(file) for file in files]
+    text = json.dumps([derived.VERSION, rules, list(tasks), list(names), states], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
