@@ -80,6 +80,10 @@ def run(
         int | None, typer.Option(min=0, help="Train this many steps; 0 measures efficiency alone.")
     ] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, tf32, bf16 or fp16. (default: fp32)")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="low: activation checkpointing, the same figures for more time. (default: default)"),
+    ] = None,
     seeds: Annotated[str | None, typer.Option(help="Comma-separated. (default: 0)")] = None,
     weights: Annotated[
         str | None, typer.Option(help="auto, timm, random or a checkpoint file. (default: auto)")
@@ -115,8 +119,8 @@ def run(
     given = {
         "methods": methods, "backbone": backbone, "dataset": dataset, "tasks": tasks, "protocol": protocol,
         "decoder": decoder, "recipe": recipe, "image_size": image_size, "batch_size": batch_size, "epochs": epochs,
-        "steps": steps, "precision": precision, "seeds": seeds, "weights": weights, "limit_train": limit_train,
-        "limit_val": limit_val, "eval_size": eval_size,
+        "steps": steps, "precision": precision, "memory": memory, "seeds": seeds, "weights": weights,
+        "limit_train": limit_train, "limit_val": limit_val, "eval_size": eval_size,
     }  # fmt: skip
     chosen = {k: v for k, v in given.items() if v is not None} | ({"skip_bad": True} if skip_bad else {})
     jobs = grid.jobs(suite, chosen, data_root, device, workers, out, tell=errors.print, cache=cache, read=not dry_run)
@@ -183,6 +187,78 @@ def count(
         print(count.markdown(table))
     else:
         count.show(table, Console())
+
+
+@app.command()
+@one_line_errors
+def estimate(
+    methods: Annotated[str, typer.Option(help="Expressions and grids as for `run`, or 'all'.")] = "all",
+    backbone: Annotated[str, typer.Option(help="Short or timm names, comma-separated.")] = "swin_tiny",
+    dataset: Annotated[str, typer.Option(help="A card's name or path: its tasks are estimated.")] = "scenes",
+    tasks: Annotated[str | None, typer.Option(help="Comma-separated subset of the card's tasks.")] = None,
+    protocol: Annotated[str, typer.Option(help="published or equal.")] = "published",
+    recipe: Annotated[str, typer.Option(help="For optimizer and clipping.")] = "bdta",
+    image_size: Annotated[str, typer.Option(help="448, or HEIGHTxWIDTH; several, comma-separated.")] = "448",
+    batch_size: Annotated[str, typer.Option(help="One, or several, comma-separated.")] = "8",
+    precision: Annotated[str, typer.Option(help="fp32, tf32, bf16 or fp16.")] = "fp32",
+    memory: Annotated[str, typer.Option(help="default, low, or both: 'default,low'.")] = "default",
+    losses_together: Annotated[
+        bool, typer.Option("--losses-together", help="The plain training step: all full-resolution logits at once.")
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="e.g. 24GB: which methods fit, and the largest batch of each (slower).")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a markdown table.")] = False,
+    save: Annotated[Path | None, typer.Option(help="A CSV file for the figures, in bytes and operations.")] = None,
+) -> None:
+    """Memory of a training step on a CUDA GPU and its operations, predicted: no GPU, data or weights."""
+    from bench import estimate
+
+    table = estimate.table(
+        methods, backbone, dataset, tasks, protocol, recipe, image_size, batch_size, precision, memory,
+        losses_together, gpu, errors.print,
+    )  # fmt: skip
+    if save:
+        estimate.save(table, save)
+    if markdown:
+        print(estimate.markdown(table))
+    else:
+        estimate.show(table, Console())
+
+
+@app.command()
+@one_line_errors
+def profile(
+    methods: Annotated[str, typer.Option(help="Expressions and grids as for `run`.")],
+    backbone: Annotated[str, typer.Option(help="A short or timm name.")] = "swin_tiny",
+    dataset: Annotated[str, typer.Option(help="A card's name or path: its tasks are trained.")] = "scenes",
+    tasks: Annotated[str | None, typer.Option(help="Comma-separated subset of the card's tasks.")] = None,
+    protocol: Annotated[str, typer.Option(help="published or equal.")] = "published",
+    recipe: Annotated[str, typer.Option(help="For optimizer and clipping.")] = "bdta",
+    image_size: Annotated[str, typer.Option(help="448, or HEIGHTxWIDTH.")] = "448",
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    precision: Annotated[str, typer.Option(help="fp32, tf32, bf16 or fp16.")] = "fp32",
+    memory: Annotated[str, typer.Option(help="default, or low: activation checkpointing.")] = "default",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    rounds: Annotated[int, typer.Option(min=1, help="Steps of each method that count.")] = 9,
+    reference: Annotated[str | None, typer.Option(help="Ratios against this method. (default: the first)")] = None,
+    save: Annotated[Path | None, typer.Option(help="A CSV file for the figures.")] = None,
+) -> None:
+    """Seconds a batch of several methods side by side, their steps interleaved, and the ratios between them."""
+    from bench import estimate, grid
+    from bench import profile as profiles
+
+    console = Console()
+    found = profiles.profile(
+        methods, backbone, dataset, tasks, protocol, recipe, image_size, batch_size, precision, memory, device, rounds,
+        Console(stderr=True),
+    )  # fmt: skip
+    table = profiles.figures(found, reference)
+    if save:
+        estimate.save(table, save)
+    place = grid.resolve_device(device, precision)
+    heading = profiles.heading(backbone, image_size, batch_size, precision, memory, place)
+    profiles.show(table, heading, rounds, console)
 
 
 data = typer.Typer(help="Look at a dataset before training on it.", no_args_is_help=True)
@@ -311,6 +387,7 @@ def _print_cells(jobs: list, console: Console) -> None:
                 "batch": str(spec.batch_size),
                 "length": f"{spec.epochs} epochs" if spec.epochs else f"{spec.steps} steps",
                 "precision": spec.precision,
+                "memory": spec.memory,
                 "weights": spec.weights[:13],
                 "device": spec.device,
                 "seed": str(spec.seed),

@@ -23,7 +23,7 @@ from bench.data.card import Card
 from bench.data.verify import unusable
 from bench.errors import BenchError, did_you_mean
 from bench.measure import provenance
-from bench.spec import EvalSize, Job, Precision, Protocol, RunSpec
+from bench.spec import EvalSize, Job, MemoryUse, Precision, Protocol, RunSpec
 
 Positive = Annotated[int, Field(gt=0)]
 DECODERS = ("segformer", "hrnet", "highres")
@@ -46,6 +46,7 @@ class Settings(BaseModel):
     epochs: Positive | None = None
     steps: Annotated[int, Field(ge=0)] | None = None
     precision: str = "fp32"
+    memory: str = "default"
     seeds: str | int = "0"
     weights: str = "auto"
     limit_train: Positive | None = None
@@ -104,7 +105,7 @@ def jobs(
     `all` methods were asked for, those that refuse a backbone are left out and `tell` hears why.
     """
     settings = _settings(suite, given)
-    _one_of("cache", cache, ("none", "ram", "disk"))
+    one_of("cache", cache, ("none", "ram", "disk"))
     recipe = recipes.load(settings.recipe)
     seeds = _seeds(str(settings.seeds))
     data = _data(settings, recipe, data_root, read, tell)
@@ -140,6 +141,7 @@ def jobs(
                 epochs=epochs,
                 steps=steps,
                 precision=settings.precision,
+                memory=settings.memory,
                 weights=f"file:{weights.sha256}" if weights.source == "file" else weights.source,
                 limit_train=data.limit_train,
                 limit_val=data.limit_val,
@@ -172,11 +174,12 @@ def _settings(suite: str | None, given: Mapping[str, Any]) -> Settings:
     settings = Settings(**(base | dict(given)))
     if not settings.methods:
         raise BenchError("no method given; e.g. --methods ours,mtlora, or --suite table1")
-    _one_of("protocol", settings.protocol, get_args(Protocol))
-    _one_of("eval-size", settings.eval_size, get_args(EvalSize))
-    _one_of("precision", settings.precision, get_args(Precision))
+    one_of("protocol", settings.protocol, get_args(Protocol))
+    one_of("eval-size", settings.eval_size, get_args(EvalSize))
+    one_of("precision", settings.precision, get_args(Precision))
+    one_of("memory", settings.memory, get_args(MemoryUse))
     if settings.decoder is not None:
-        _one_of("decoder", settings.decoder, DECODERS)
+        one_of("decoder", settings.decoder, DECODERS)
     return settings
 
 
@@ -326,7 +329,8 @@ def _cuda_devices() -> list[dict[str, Any]]:
         raise BenchError(f"torch cannot be asked for GPUs: {error}") from error
 
 
-def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
+def one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises BenchError for a value that is not among the choices."""
     if value not in choices:
         raise BenchError(f"unknown {option} {value!r}{did_you_mean(value, choices)}; one of: {', '.join(choices)}")
 

@@ -98,21 +98,41 @@ class Memory(Part):
     peak_reserved: int | None = None
     weights_allocated: int | None = None
     process_peak: int | None = None
+    phases: dict[str, int] = {}  # CUDA: peak allocated while the step was in each phase
 
 
 class Time(Part):
-    """Seconds a batch of full training steps, warm-up excluded; every sample kept."""
+    """Seconds a batch of full training steps, warm-up excluded; every sample kept.
+
+    `phases` are the parts of the samples: forward, loss (upsampling, losses and their backward to the logits),
+    backward, optimizer (clipping and step). `floor`: the forward of the frozen backbone alone, without gradients, in
+    the same process; what no method with that backbone can be faster than.
+    """
 
     device: Literal["cpu", "cuda"]
     warmup: int
     samples: list[float] = Field(min_length=1)
     batch_size: int
+    phases: dict[str, list[float]] = {}
+    floor: list[float] = []
 
     @property
     def median(self) -> float:
         ordered = sorted(self.samples)
         half = len(ordered) // 2
         return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+class Estimated(Part):
+    """What bench.measure.estimate predicts for a CUDA GPU; bytes, and operations of one step. Never a measurement."""
+
+    peak: int | None = None
+    weights: int | None = None
+    phases: dict[str, int] = {}
+    holders: dict[str, int] = {}  # the ten largest at the peak
+    forward: int | None = None
+    backward: int | None = None
+    reason: str = ""  # why there is none
 
 
 class Record(Part):
@@ -125,6 +145,7 @@ class Record(Part):
     parameters: Parameters | None = None
     memory: Memory | None = None
     time: Time | None = None
+    estimate: Estimated | None = None
     metrics: dict[str, dict[str, float | None]] = {}  # task -> metric key -> value; None where nothing was valid
     per_class: dict[str, dict[str, float | None]] = {}  # task -> class name -> IoU in percent; None where absent
     floor: dict[str, dict[str, float | None]] = {}  # the same metrics of the best constant prediction

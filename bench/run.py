@@ -16,14 +16,17 @@ import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bench.data import card as cards
 from bench.errors import BenchError
 from bench.measure import provenance
-from bench.record import Failure, MethodInfo, Parameters, Record, Status, Weights
-from bench.spec import Job
+from bench.record import Estimated, Failure, MethodInfo, Parameters, Record, Status, Weights
+from bench.spec import Job, RunSpec
 from methods.registry import MethodError, parse
+
+if TYPE_CHECKING:
+    from methods.model import MultiTaskModel
 
 Emit = Callable[..., None]
 FLOOR_SAMPLES = 200  # training images that the constant prediction is fitted on
@@ -51,11 +54,13 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
 
     from bench.data.loader import DenseDataset, steps_per_epoch, validation_batches
     from bench.data.subset import evenly_spaced
-    from bench.measure.profile import measure, synthetic_batch
+    from bench.measure.profile import floor_seconds, measure, synthetic_batch
     from bench.train.floor import fit_constants, score_constants
     from bench.train.loop import Trainer, evaluate, losses_by_batch, train
+    from methods.backbones.base import Backbone
     from methods.backbones.load import WeightSource, load_backbone
-    from methods.model import MultiTaskModel, Setting
+    from methods.layers.checkpointing import checkpoint_activations
+    from methods.model import Setting
 
     spec, recipe = job.spec, job.spec.recipe
     on_gpu = spec.device_kind == "cuda"
@@ -79,9 +84,18 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     def build() -> MultiTaskModel:
         # The seed is set before the backbone is made: random backbone weights are the same for every method.
         torch.manual_seed(spec.seed)
-        backbone = load_backbone(spec.backbone, spec.image_size, weights)
-        return configured.build(backbone, channels, Setting(spec.protocol, spec.decoder))
+        return finish(load_backbone(spec.backbone, spec.image_size, weights))
 
+    def finish(backbone: Backbone) -> MultiTaskModel:
+        model = configured.build(backbone, channels, Setting(spec.protocol, spec.decoder))
+        if spec.memory == "low":
+            checkpoint_activations(model)
+        return model
+
+    emit("phase", name="estimate")
+    record.estimate = estimated(
+        lambda: finish(load_backbone(spec.backbone, spec.image_size, WeightSource("random"))), spec
+    )
     emit("phase", name="measure")
     accelerator = make_accelerator()
     model = build()
@@ -101,9 +115,13 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     record.memory, record.time = measure(
         trainer, batch, recipe.measure, lambda step, total: emit("step", step=step, total=total)
     )
+    del trainer, model
+    accelerator.free_memory()
+    backbone = load_backbone(spec.backbone, spec.image_size, weights)
+    record.time.floor = floor_seconds(backbone, batch["image"], accelerator, recipe.measure.steps)
     if spec.steps == 0:
         return
-    del trainer, model, batch
+    del backbone, batch
     accelerator.free_memory()
     accelerator = make_accelerator()  # training starts with a loss scale of its own
 
@@ -151,6 +169,24 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     record.per_class = {
         task: dict(zip(card.tasks[task].classes, values, strict=True)) for task, values in per_class.items()
     }
+
+
+def estimated(build: Callable[[], MultiTaskModel], spec: RunSpec) -> Estimated:
+    """The prediction that the measurement stands beside; its reason where there is none."""
+    from bench.measure.estimate import estimate
+
+    try:
+        found = estimate(build, spec.image_size, spec.recipe, spec.batch_size, spec.precision)
+    except BenchError as error:
+        return Estimated(reason=str(error))
+    return Estimated(
+        peak=found.peak,
+        weights=found.weights,
+        phases=found.phases,
+        holders=dict(list(found.holders.items())[:10]),
+        forward=found.forward,
+        backward=found.backward,
+    )
 
 
 def _finite(values: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:

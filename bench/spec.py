@@ -15,6 +15,8 @@ Protocol = Literal["published", "equal"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
+MemoryUse = Literal["default", "low"]  # low: activation checkpointing, the same figures for more time
+
 EvalSize = Literal["network", "original"]  # where metrics are computed: the size the network sees, or the labels' own
 
 
@@ -40,6 +42,7 @@ class RunSpec(BaseModel):
     epochs: int | None
     steps: int | None
     precision: Precision
+    memory: MemoryUse = "default"
     weights: str  # "timm", "random" or "file:<sha256>"
     limit_train: int | None = None
     limit_val: int | None = None
@@ -58,9 +61,12 @@ class RunSpec(BaseModel):
         """What two cells must share to be compared: all but method and seed. A recipe counts by what it does: its
         name and prose decide nothing, nor does what the spec itself settles (its batch size, length and limits)."""
         settled = {"title", "source", "batch_size", "epochs", "steps", "image_size", "limit_train", "limit_val"}
-        return self.model_dump(
+        setting = self.model_dump(
             mode="json", exclude={"method": True, "seed": True, "recipe_name": True, "recipe": settled}
         )
+        if self.memory == "default":  # as in records from before there was a choice
+            del setting["memory"]
+        return setting
 
     def relative_path(self) -> PurePosixPath:
         return PurePosixPath(self.device, self.dataset, self.backbone, self.method, f"{self.hash}-s{self.seed}.json")

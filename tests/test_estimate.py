@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import copy
+import csv
+import functools
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from typer.testing import CliRunner
 
 from bench import recipe as recipes
+from bench.cli import app
 from bench.errors import BenchError
+from bench.estimate import markdown, parse_gpu, table
 from bench.measure.cuda_like import LikeCUDA
 from bench.measure.estimate import estimate, largest_batch, step_bytes
 from bench.measure.live import LiveBytes
 from bench.measure.profile import synthetic_batch
 from bench.train.loop import PHASES, Trainer
+from methods.backbones.load import WeightSource, load_backbone
 from methods.decoder import Decoder
-from methods.model import Features, MultiTaskModel
-from methods.registry import all_methods
+from methods.layers.checkpointing import checkpoint_activations
+from methods.model import Features, MultiTaskModel, Setting
+from methods.registry import all_methods, parse
 
 SIZE = (64, 64)
 RECIPE = recipes.load("mtlora")  # clips
@@ -89,6 +96,20 @@ def test_an_estimate_is_the_live_bytes_of_a_real_step(method, build, tasks):
     for phase in PHASES:
         assert guess.phases[phase] == pytest.approx(real.phases[phase], rel=0.02), phase
     assert guess.forward == real.forward > 0 and guess.backward == real.backward > 0
+
+
+@pytest.mark.parametrize("method", ["ours", "mtlora", "tadformer", "ditask", "adapter", "multi_task_full"])
+def test_with_activation_checkpointing_too(method, build, tasks):
+    def low():
+        model = build(method)
+        checkpoint_activations(model)
+        return model
+
+    guess = estimate(low, SIZE, RECIPE, 3, cuda=False)
+    trainer = Trainer(low(), RECIPE, 3, 2, Accelerator(cpu=True))
+    real = step_bytes(trainer, synthetic_batch(tasks, SIZE, 3, torch.device("cpu")), LiveBytes())
+    assert guess.peak == pytest.approx(real.peak, rel=0.02)
+    assert guess.forward == real.forward and guess.backward == real.backward
 
 
 def test_estimates_change_no_weights_and_need_none(build):
@@ -198,3 +219,73 @@ def test_the_largest_batch_on_a_crooked_line():
         return 100 + 10 * batch + (50 if batch > 20 else 0)
 
     assert largest_batch(peak, 330) == 20 and len(asked) == len(set(asked)) <= 10
+
+
+# the verb
+
+
+def invoke(*options):
+    return CliRunner().invoke(app, ["estimate", *options])
+
+
+def test_a_table_of_every_combination():
+    found = table(
+        "decoder_only", "swin_tiny", "scenes", "semseg,normals", "equal", "bdta", "64,96", "1,2", "fp32",
+        "default,low", False, None,
+    )  # fmt: skip
+    assert len(found) == 8 and (found["peak"] == found[list(PHASES)].max(axis=1)).all()
+    by = found.set_index(["image_size", "batch_size", "memory"])["peak"]
+    assert by["96x96", 2, "default"] > by["64x64", 2, "default"] > by["64x64", 1, "default"]
+    text = markdown(found)
+    assert "ESTIMATED" in text and text.count("| decoder_only |") == 8 and "| image size |" in text
+
+
+def test_the_verb_with_a_gpu(tmp_path):
+    done = invoke(
+        "--methods", "decoder_only", "--image-size", "64", "--batch-size", "2", "--gpu", "1", "--save",
+        str(tmp_path / "e.csv"), "--markdown",
+    )  # fmt: skip
+    assert done.exit_code == 0 and "| yes |" in done.output
+    (row,) = csv.DictReader((tmp_path / "e.csv").open())
+    largest = int(row["largest_batch"])
+    peak = functools.partial(peak_of, "decoder_only", "swin_tiny_patch4_window7_224.ms_in1k", (64, 64))
+    assert peak(largest) <= 2**30 < peak(largest + 1)
+
+
+def peak_of(method, backbone, size, batch):
+    (configured,) = parse(method)
+    tasks = {"semseg": 21, "human_parts": 7, "saliency": 1, "normals": 3}
+    return estimate(
+        lambda: configured.build(load_backbone(backbone, size, WeightSource("random")), tasks, Setting("published")),
+        size, recipes.load("bdta"), batch,
+    ).peak  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--methods", "ourz"], "did you mean 'ours'"),
+        (["--gpu", "big"], "e.g. 24GB"),
+        (["--gpu", "0"], "e.g. 24GB"),
+        (["--batch-size", "0"], "whole number above zero"),
+        (["--memory", "default,lo"], "did you mean 'low'"),
+        (["--methods", "mtlora", "--backbone", "pvt_v2_b0", "--image-size", "64"], "mtlora adapts the windows"),
+    ],
+)
+def test_bad_input_is_one_line(options, expected):
+    done = invoke(*options)
+    assert done.exit_code == 2 and expected in " ".join(done.output.split()) and "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("text, expected", [("24GB", 24), ("24", 24), ("80 GiB", 80), ("0.5g", 0.5)])
+def test_sizes_of_gpus(text, expected):
+    assert parse_gpu(text) == expected * 2**30
+
+
+def test_a_method_without_an_estimate_is_a_row_with_its_reason(monkeypatch):
+    def fail(*_, **__):
+        raise BenchError("no estimate: aten.odd has no result without values")
+
+    monkeypatch.setattr("bench.measure.estimate.estimate", fail)
+    done = invoke("--methods", "decoder_only", "--image-size", "64")
+    assert done.exit_code == 0 and "decoder_only: no estimate: aten.odd" in " ".join(done.output.split())

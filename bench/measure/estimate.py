@@ -6,6 +6,7 @@ kernels, fragmentation, the CUDA context.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -164,27 +165,21 @@ def _as_on_cuda(trainer: Trainer, dtype: torch.dtype | None) -> Iterator[None]:
 def largest_batch(measure: Callable[[int], int], limit: int, start: int = 8, most: int = 4096) -> int:
     """The largest batch whose peak `measure(batch)` is at most `limit` bytes; 0 where one image does not fit.
 
-    A straight line through the peaks of two batches gives a guess; then by bisection around it.
+    Peaks lie nearly on a straight line, so the search interpolates, and bisects where that does not get far.
     """
-    peaks: dict[int, int] = {}
-
-    def fits(batch: int) -> bool:
-        if batch not in peaks:
-            peaks[batch] = measure(batch)
-        return peaks[batch] <= limit
-
-    if not fits(1):
+    peaks = {1: measure(1)}
+    if peaks[1] > limit:
         return 0
-    fits(start)
-    slope = max((peaks[start] - peaks[1]) / max(start - 1, 1), 1)
-    guess = min(max(int(1 + (limit - peaks[1]) / slope), 1), most)
-    low, high = 1, most + 1
-    step = 1
-    while high - low > 1:
-        middle = min(max(guess, low + 1), high - 1)
-        if fits(middle):
-            low, guess = middle, middle + step
-        else:
-            high, guess = middle, middle - step
-        step *= 2
-    return low
+    low, high = 1, most + 1  # one that fits, one that does not
+    probe = max(start, 2)
+    for turn in itertools.count(1):
+        peaks[probe] = measure(probe)
+        low, high = (probe, high) if peaks[probe] <= limit else (low, probe)
+        if high - low == 1:
+            return low
+        other = high if high in peaks else max((n for n in peaks if n < low), default=1)
+        slope = (peaks[other] - peaks[low]) / (other - low) if other != low else 0
+        guess = low + int((limit - peaks[low]) / slope) if slope > 0 else most
+        # A batch past the guess closes in from above where nothing has been too large yet.
+        guess = (low + high) // 2 if turn % 4 == 0 else guess if high in peaks else guess + 1
+        probe = min(max(guess, low + 1), high - 1)

@@ -10,13 +10,17 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
 
 from bench.recipe import Measure
 from bench.record import Memory, Time
-from bench.train.loop import Trainer
+from bench.train.loop import PHASES, Trainer
 from bench.train.losses import synthetic_label
 
 
@@ -35,13 +39,86 @@ def measure(
 ) -> tuple[Memory, Time]:
     """Run the steps and return the figures. This trains the model: measure on one that is thrown away afterwards."""
     if trainer.accelerator.device.type == "cuda":
-        return _cuda_memory(trainer, batch), _cuda_time(trainer, batch, settings, report)
-    seconds = _cpu_seconds(trainer, batch, settings, report)
-    batch_size = batch["image"].shape[0]
-    return (
-        Memory(device="cpu", process_peak=resident_peak()),
-        Time(device="cpu", warmup=settings.warmup, samples=seconds, batch_size=batch_size),
+        return _cuda_memory(trainer, batch), _time(trainer, batch, settings, report, CUDA_CLOCK)
+    timing = _time(trainer, batch, settings, report, CPU_CLOCK)
+    return Memory(device="cpu", process_peak=resident_peak()), timing
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How moments are taken, and what lies between two of them in seconds once all is done."""
+
+    device: Literal["cpu", "cuda"]
+    now: Callable[[], Any]
+    between: Callable[[Any, Any], float]
+    wait: Callable[[], None]
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+CPU_CLOCK = Clock("cpu", lambda: time.perf_counter(), lambda a, b: b - a, lambda: None)
+CUDA_CLOCK = Clock("cuda", _event, lambda a, b: a.elapsed_time(b) / 1000, lambda: torch.cuda.synchronize())
+Marks = list[tuple[str, Any]]
+
+
+def timed_step(trainer: Trainer, batch: Mapping[str, Tensor], step: int, clock: Clock) -> Marks:
+    """One step; the moments at its start, at the start of each phase and at its end."""
+    marks: Marks = [("", clock.now())]
+    trainer.phase = lambda name: marks.append((name, clock.now()))
+    trainer.step(batch, step)
+    marks.append(("", clock.now()))
+    trainer.phase = lambda name: None
+    return marks
+
+
+def seconds_of(marks: Marks, clock: Clock) -> float:
+    return clock.between(marks[0][1], marks[-1][1])
+
+
+def seconds_by_phase(marks: Marks, clock: Clock) -> dict[str, float]:
+    found = dict.fromkeys(PHASES, 0.0)
+    for (name, start), (_, end) in pairwise(marks):
+        if name in found:
+            found[name] += clock.between(start, end)
+    return found
+
+
+def _time(
+    trainer: Trainer, batch: Mapping[str, Tensor], settings: Measure, report: Callable[[int, int], None], clock: Clock
+) -> Time:
+    total = settings.warmup + settings.steps
+    steps = []
+    for step in range(total):
+        steps.append(timed_step(trainer, batch, step, clock))
+        report(step + 1, total)
+    clock.wait()
+    measured = steps[settings.warmup :]
+    by_phase = [seconds_by_phase(marks, clock) for marks in measured]
+    return Time(
+        device=clock.device,
+        warmup=settings.warmup,
+        samples=[seconds_of(marks, clock) for marks in measured],
+        batch_size=batch["image"].shape[0],
+        phases={phase: [each[phase] for each in by_phase] for phase in PHASES},
     )
+
+
+def floor_seconds(backbone: nn.Module, image: Tensor, accelerator: Accelerator, repeats: int) -> list[float]:
+    """The forward of the frozen backbone alone, in evaluation mode and without gradients, after two unmeasured ones."""
+    clock = CUDA_CLOCK if image.device.type == "cuda" else CPU_CLOCK
+    backbone.to(image.device).eval()
+    marks = []
+    with torch.no_grad(), accelerator.autocast():
+        for _ in range(repeats + 2):
+            start = clock.now()
+            backbone(image)
+            marks.append((start, clock.now()))
+    clock.wait()
+    return [clock.between(start, end) for start, end in marks[2:]]
 
 
 def _cuda_memory(trainer: Trainer, batch: Mapping[str, Tensor]) -> Memory:
@@ -49,16 +126,29 @@ def _cuda_memory(trainer: Trainer, batch: Mapping[str, Tensor]) -> Memory:
     torch.cuda.synchronize()
     weights = torch.cuda.memory_allocated() - sum(x.numel() * x.element_size() for x in batch.values())
     _settle(trainer, batch)
+    peaks: dict[str, int] = {}
+    current = ""
+
+    def enter(phase: str) -> None:
+        nonlocal current
+        peaks[current] = max(peaks.get(current, 0), torch.cuda.max_memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
+        current = phase
+
     torch.cuda.reset_peak_memory_stats()
+    trainer.phase = enter
     for step in range(2):
         trainer.step(batch, step)
+    enter("")
+    trainer.phase = lambda name: None
     torch.cuda.synchronize()
     return Memory(
         device="cuda",
         weights_allocated=weights,
-        peak_allocated=torch.cuda.max_memory_allocated(),
-        peak_reserved=torch.cuda.max_memory_reserved(),
+        peak_allocated=max(peaks.values()),
+        peak_reserved=torch.cuda.memory_reserved(),  # nothing is given back between the steps
         process_peak=resident_peak(),
+        phases={phase: peaks[phase] for phase in PHASES},
     )
 
 
@@ -69,35 +159,6 @@ def _settle(trainer: Trainer, batch: Mapping[str, Tensor]) -> None:
         if not trainer.optimizer.step_was_skipped:
             return
     raise RuntimeError("no optimizer step was taken in 30 steps: every gradient overflowed in fp16")
-
-
-def _cuda_time(
-    trainer: Trainer, batch: Mapping[str, Tensor], settings: Measure, report: Callable[[int, int], None]
-) -> Time:
-    total = settings.warmup + settings.steps
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(total + 1)]
-    marks[0].record()
-    for step in range(total):
-        trainer.step(batch, step)
-        marks[step + 1].record()
-        report(step + 1, total)
-    torch.cuda.synchronize()
-    seconds = [before.elapsed_time(after) / 1000 for before, after in zip(marks, marks[1:], strict=False)]
-    return Time(
-        device="cuda", warmup=settings.warmup, samples=seconds[settings.warmup :], batch_size=batch["image"].shape[0]
-    )
-
-
-def _cpu_seconds(
-    trainer: Trainer, batch: Mapping[str, Tensor], settings: Measure, report: Callable[[int, int], None]
-) -> list[float]:
-    seconds = []
-    for step in range(settings.warmup + settings.steps):
-        started = time.perf_counter()
-        trainer.step(batch, step)
-        seconds.append(time.perf_counter() - started)
-        report(step + 1, settings.warmup + settings.steps)
-    return seconds[settings.warmup :]
 
 
 def resident_peak() -> int:

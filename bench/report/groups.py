@@ -160,6 +160,7 @@ def _title(members: Sequence[Found], device: str, weights: str) -> str:
         "evaluated at original size" if spec.eval_size == "original" else "",
         f"batch {spec.batch_size}",
         spec.precision,
+        "activation checkpointing" if spec.memory == "low" else "",
         "RANDOM backbone weights" if weights == "random" else f"{weights} weights",
         device,
     )))  # fmt: skip

@@ -73,11 +73,19 @@ def _sections(record: Record) -> dict[str, dict[str, Any]]:
         "Parameters": {k: f"{v:,}" for k, v in parameters.items()},
         "Memory, GiB": {
             key: value if isinstance(value, str) else f"{value / GIB:.3f}"
-            for key, value in (record.memory.model_dump() if record.memory else {}).items()
-            if value is not None
+            for key, value in _flat(record.memory.model_dump() if record.memory else {}).items()
         },
+        "Estimated for a CUDA GPU, GiB": {
+            key: f"{value / GIB:.3f}"
+            for key, value in _flat(record.estimate.model_dump(include={"peak", "weights", "phases"})).items()
+        } if record.estimate and record.estimate.peak else {},
+        "Operations, 1e9 a step": {
+            "forward": f"{record.estimate.forward / 1e9:.1f}", "backward": f"{record.estimate.backward / 1e9:.1f}",
+        } if record.estimate and record.estimate.peak else {},
         "Time, s/batch": {
             "device": time.device, "median": f"{seconds.median():.4f}", "p90": f"{seconds.quantile(0.9):.4f}",
+            **{phase: f"{pd.Series(samples).median():.4f}" for phase, samples in time.phases.items()},
+            **({"frozen backbone alone": f"{pd.Series(time.floor).median():.4f}"} if time.floor else {}),
             "steps": f"{len(seconds)} after {time.warmup} of warm-up", "batch size": time.batch_size,
         } if time else {},
         "Found before training": {

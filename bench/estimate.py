@@ -1,0 +1,219 @@
+"""`bench estimate`: what a training step will need on a CUDA GPU, as a table; see bench.measure.estimate."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+
+from bench import recipe as recipes
+from bench.data import card as cards
+from bench.errors import BenchError
+from bench.grid import one_of, parse_size
+from bench.spec import MemoryUse, Precision, Protocol
+
+if TYPE_CHECKING:
+    from bench.measure.estimate import Estimate
+    from methods.model import MultiTaskModel
+    from methods.registry import Configured
+
+GIB = 2**30
+METHOD, REASON, PEAK, BATCH, LARGEST = "method", "reason", "peak", "batch_size", "largest_batch"
+SETTING = ("backbone", "image_size", "memory", BATCH)  # columns that are shown where they differ
+BYTES = {
+    "weights": "weights", "forward": "forward", "loss": "loss", "backward": "backward", "optimizer": "optim.",
+    PEAK: "peak",
+}  # fmt: skip
+OPERATIONS = {"flops_forward": "fwd", "flops_backward": "bwd"}
+
+
+def table(
+    methods: str,
+    backbones: str,
+    dataset: str,
+    tasks: str | None,
+    protocol: str,
+    recipe: str,
+    image_sizes: str,
+    batch_sizes: str,
+    precision: str,
+    memory: str,
+    losses_together: bool,
+    gpu: str | None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> pd.DataFrame:
+    """A row a method, backbone, image size, batch size and memory use; bytes and operations of one step.
+
+    `reason` says why a row has no figures. With `gpu`, `fits` and the largest batch. Raises BenchError or MethodError.
+    """
+    one_of("protocol", protocol, get_args(Protocol))
+    one_of("precision", precision, get_args(Precision))
+    uses = [use.strip() for use in memory.split(",")]
+    for use in uses:
+        one_of("memory", use, get_args(MemoryUse))
+    limit = parse_gpu(gpu) if gpu else None
+    sizes = [parse_size(size.strip()) for size in image_sizes.split(",")]
+    batches = [_batch(text) for text in batch_sizes.split(",")]
+    card, chosen = cards.load(dataset), recipes.load(recipe)
+    channels = card.channels(cards.choose_tasks(card, tasks))
+
+    from methods.backbones.load import full_name
+    from methods.registry import MethodError, parse
+
+    rows, left_out = [], set()
+    frames = [full_name(name.strip()) for name in backbones.split(",")]
+    grid = list(itertools.product(frames, sizes, parse(methods), uses, batches))
+    for backbone, size, method, use, batch in track(grid, "estimating", transient=True, console=Console(stderr=True)):
+        row = {"backbone": backbone, METHOD: method.expression, "image_size": f"{size[0]}x{size[1]}", "memory": use}
+        row |= {BATCH: batch, "precision": precision, "protocol": protocol}
+        run = functools.partial(
+            _estimate, method, backbone, size, channels, protocol, use, chosen, precision, losses_together
+        )
+        try:
+            found = run(batch)
+            row |= {"trainable": found.trainable, "weights": found.weights, **found.phases, PEAK: found.peak}
+            row |= {"flops_forward": found.forward, "flops_backward": found.backward}
+            if limit is not None:
+                row |= {"fits": found.peak <= limit, LARGEST: _largest(run, limit, batch)}
+        except MethodError as error:
+            if "all" not in methods.split(","):
+                raise
+            if str(error) not in left_out:
+                tell(f"left out: {error}")
+            left_out.add(str(error))
+            continue
+        except BenchError as error:
+            row |= {REASON: str(error)}
+        rows.append(row)
+    if not rows:
+        raise BenchError(f"none of the methods can run on {backbones}")
+    return pd.DataFrame(rows)
+
+
+def _estimate(
+    method: Configured,
+    backbone: str,
+    size: tuple[int, int],
+    channels: dict[str, int],
+    protocol: Protocol,
+    use: MemoryUse,
+    recipe: recipes.Recipe,
+    precision: Precision,
+    losses_together: bool,
+    batch: int,
+) -> Estimate:
+    from bench.measure.estimate import estimate
+    from methods.backbones.load import WeightSource, load_backbone
+    from methods.layers.checkpointing import checkpoint_activations
+    from methods.model import Setting
+
+    def build() -> MultiTaskModel:
+        frame = load_backbone(backbone, size, WeightSource("random"))
+        model = method.try_build(frame, channels, Setting(protocol))
+        if use == "low":
+            checkpoint_activations(model)
+        return model
+
+    return estimate(build, size, recipe, batch, precision, losses_together=losses_together)
+
+
+def _largest(run: Callable[[int], Estimate], limit: int, batch: int) -> int:
+    from bench.measure.estimate import largest_batch
+
+    return largest_batch(lambda images: run(images).peak, limit, batch)
+
+
+def parse_gpu(text: str) -> int:
+    """`24GB` or `24` -> bytes. GPUs are sold by 2^30 bytes whatever the label says. Raises BenchError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:g|gb|gib)?", text.strip().lower())
+    if not match or float(match[1]) == 0:
+        raise BenchError(f"--gpu {text!r} is no size of a memory; e.g. 24GB")
+    return int(float(match[1]) * GIB)
+
+
+def _batch(text: str) -> int:
+    if not re.fullmatch(r"\s*[1-9]\d*\s*", text):
+        raise BenchError(f"--batch-size {text!r} is not a whole number above zero")
+    return int(text)
+
+
+def cells(found: pd.DataFrame) -> pd.DataFrame:
+    """The table as text: what differs between rows, GiB and 1e9 operations."""
+    out = pd.DataFrame({METHOD: found[METHOD]})
+    for column in SETTING:
+        if found[column].nunique() > 1:
+            out[column.replace("_", " ")] = found[column].astype(str)
+    for column, title in BYTES.items():
+        if column in found:
+            out[title] = [_number(value, GIB, 2) for value in found[column]]
+    for column, title in OPERATIONS.items():
+        if column in found:
+            out[f"GFLOP {title}"] = [_number(value, 1e9, 0) for value in found[column]]
+    if LARGEST in found:
+        out["fits"] = ["–" if pd.isna(value) else "yes" if value else "no" for value in found["fits"]]
+        out["largest batch"] = [_number(value, 1, 0) for value in found[LARGEST]]
+    return out
+
+
+def _number(value: float, unit: float, digits: int) -> str:
+    return "–" if pd.isna(value) else f"{value / unit:.{digits}f}"
+
+
+def title(found: pd.DataFrame) -> str:
+    first = found.iloc[0]
+    common = [str(first[column]) for column in ("backbone", "image_size") if found[column].nunique() == 1]
+    common += [f"batch {first[BATCH]}"] if found[BATCH].nunique() == 1 else []
+    common += ["activation checkpointing"] if set(found["memory"]) == {"low"} else []
+    return " · ".join(["ESTIMATED, not measured", *common, first["precision"], f"protocol {first['protocol']}"])
+
+
+def notes(found: pd.DataFrame) -> list[str]:
+    out = [
+        "Memory in GiB: weights and buffers, the peak of live tensors while a full training step is in each phase (in "
+        "CUDA's blocks of 512 bytes), and the highest. Not in it: workspaces inside kernels, fragmentation, the CUDA "
+        "context. GFLOP of one step: matrix products, convolutions and attention."
+    ]
+    if REASON in found:
+        out += [f"{row[METHOD]}: {row[REASON]}" for row in found.to_dict("records") if pd.notna(row[REASON])]
+    return out
+
+
+def show(found: pd.DataFrame, console: Console) -> None:
+    written = cells(found)
+    out = Table(title=escape(title(found)), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in written:
+        out.add_column(
+            column,
+            justify="left" if column in (METHOD, "backbone", "memory") else "right",
+            no_wrap=column in (METHOD, "memory"),
+        )
+    for row in written.itertuples(index=False):
+        out.add_row(*(escape(cell) for cell in row))
+    console.print(out)
+    for note in notes(found):
+        console.print(escape(note), soft_wrap=True)
+
+
+def markdown(found: pd.DataFrame) -> str:
+    written = cells(found)
+    lines = ["| " + " | ".join(written.columns) + " |", "| --- |" + " ---: |" * (len(written.columns) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in written.itertuples(index=False)]
+    return "\n".join([title(found), "", *lines, "", *notes(found)])
+
+
+def save(found: pd.DataFrame, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found.to_csv(path, index=False)
+    except OSError as error:
+        raise BenchError(f"cannot write {path}: {error.strerror or error}") from error

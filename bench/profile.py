@@ -1,0 +1,178 @@
+"""`bench profile`: seconds a batch of several methods, their steps interleaved in one process, and ratios between them.
+
+A machine that slows down for a while slows all methods alike, and a ratio is taken within a round. Nothing is trained
+to an end and no record is written: `bench run --steps 0` measures each method alone, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, get_args
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from bench import recipe as recipes
+from bench.data import card as cards
+from bench.errors import BenchError
+from bench.grid import Device, one_of, parse_size, resolve_device
+from bench.spec import MemoryUse, Precision, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bench.measure.profile import Clock
+    from bench.train.loop import Trainer
+
+FLOOR = "frozen backbone alone"
+
+
+@dataclass
+class Profile:
+    """Seconds of one method's steps, a value a round; `phases` sum up to the step but for what lies between them."""
+
+    name: str
+    seconds: list[float] = field(default_factory=list)
+    phases: dict[str, list[float]] = field(default_factory=dict)
+
+    def ratio(self, other: Profile) -> tuple[float, float, float]:
+        """Median, least and largest of this one's time over the other's, round by round."""
+        ratios = [a / b for a, b in zip(self.seconds, other.seconds, strict=True)]
+        return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def profile(
+    methods: str,
+    backbone: str,
+    dataset: str,
+    tasks: str | None,
+    protocol: str,
+    recipe: str,
+    image_size: str,
+    batch_size: int,
+    precision: str,
+    memory: str,
+    device: str,
+    rounds: int,
+    console: Console,
+) -> list[Profile]:
+    """One profile a method, then that of the frozen backbone's forward. Raises BenchError or MethodError."""
+    one_of("protocol", protocol, get_args(Protocol))
+    one_of("precision", precision, get_args(Precision))
+    one_of("memory", memory, get_args(MemoryUse))
+    card, chosen = cards.load(dataset), recipes.load(recipe)
+    channels = card.channels(cards.choose_tasks(card, tasks))
+    place = resolve_device(device, precision)
+    size = parse_size(image_size)
+
+    import torch
+    from accelerate import Accelerator
+
+    from bench.measure.profile import CPU_CLOCK, CUDA_CLOCK, synthetic_batch
+    from bench.train.loop import Trainer
+    from methods.backbones.load import WeightSource, full_name, load_backbone
+    from methods.layers.checkpointing import checkpoint_activations
+    from methods.model import Setting
+    from methods.registry import parse
+
+    mixed = precision if precision in ("bf16", "fp16") else "no"
+    if place.name:
+        torch.cuda.set_device(place.index)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    accelerator = Accelerator(mixed_precision=mixed, cpu=not place.name)
+    trainers = {}
+    for method in parse(methods):
+        torch.manual_seed(0)
+        frame = load_backbone(full_name(backbone), size, WeightSource("random"))
+        model = method.try_build(frame, channels, Setting(protocol))
+        if memory == "low":
+            checkpoint_activations(model)
+        trainers[method.expression] = Trainer(model, chosen, batch_size, rounds + 1, accelerator)
+    batch = synthetic_batch(channels, size, batch_size, accelerator.device)
+    frozen = load_backbone(full_name(backbone), size, WeightSource("random")).to(accelerator.device).eval()
+
+    def forward() -> None:
+        with torch.no_grad(), accelerator.autocast():
+            frozen(batch["image"])
+
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("rounds", total=rounds + 1)
+        clock = CUDA_CLOCK if place.name else CPU_CLOCK
+        return interleave(trainers, batch, forward, clock, rounds, lambda: progress.advance(bar))
+
+
+def interleave(
+    trainers: Mapping[str, Trainer],
+    batch: Mapping[str, Tensor],
+    forward: Callable[[], None],
+    clock: Clock,
+    rounds: int,
+    report: Callable[[], None],
+) -> list[Profile]:
+    """Every round one step of each trainer and one `forward`, in turn; the first round is warm-up and not kept."""
+    from bench.measure.profile import seconds_by_phase, seconds_of, timed_step
+
+    steps: dict[str, list] = {name: [] for name in trainers}
+    floor = []
+    for step in range(rounds + 1):
+        for name, trainer in trainers.items():
+            steps[name].append(timed_step(trainer, batch, step, clock))
+        start = clock.now()
+        forward()
+        floor.append((start, clock.now()))
+        report()
+    clock.wait()
+    found = []
+    for name, marks in steps.items():
+        by_phase = [seconds_by_phase(each, clock) for each in marks[1:]]
+        phases = {phase: [each[phase] for each in by_phase] for phase in by_phase[0]}
+        found.append(Profile(name, [seconds_of(each, clock) for each in marks[1:]], phases))
+    return [*found, Profile(FLOOR, [clock.between(a, b) for a, b in floor[1:]])]
+
+
+def figures(profiles: list[Profile], reference: str | None) -> pd.DataFrame:
+    """A row a profile: medians in seconds, and the ratio to the reference (the first method) with its range."""
+    names = [each.name for each in profiles]
+    if reference is not None and reference not in names:
+        raise BenchError(f"--reference {reference!r} is not among the methods: {', '.join(names)}")
+    base = profiles[names.index(reference)] if reference else profiles[0]
+    rows = []
+    for each in profiles:
+        ratio, least, most = each.ratio(base)
+        row = {"method": each.name, "median": statistics.median(each.seconds)}
+        row |= {"p90": pd.Series(each.seconds).quantile(0.9)}
+        row |= {phase: statistics.median(values) for phase, values in each.phases.items()}
+        rows.append(row | {"ratio": ratio, "least": least, "most": most, "reference": base.name})
+    return pd.DataFrame(rows)
+
+
+def show(table: pd.DataFrame, heading: str, rounds: int, console: Console) -> None:
+    base = table["reference"].iloc[0]
+    out = Table(title=escape(heading), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    seconds = [c for c in table.columns if c not in ("method", "ratio", "least", "most", "reference")]
+    short = {"forward": "fwd", "backward": "bwd", "optimizer": "opt"}
+    for column in ("method", *(short.get(c, c) for c in seconds), "ratio", "range"):
+        out.add_column(column, justify="left" if column == "method" else "right", no_wrap=column in ("method", "range"))
+    for row in table.to_dict("records"):
+        times = ["–" if pd.isna(row[c]) else f"{row[c]:.3f}" for c in seconds]
+        out.add_row(escape(row["method"]), *times, f"{row['ratio']:.2f}", f"{row['least']:.2f}–{row['most']:.2f}")
+    console.print(out)
+    console.print(
+        escape(
+            f"Seconds a batch, medians of {rounds} interleaved rounds; ratio: time over that of {base}, the median "
+            "round's and the range. Random weights, synthetic batch."
+        ),
+        soft_wrap=True,
+    )
+
+
+def heading(backbone: str, image_size: str, batch_size: int, precision: str, memory: str, place: Device) -> str:
+    where = place.name or "CPU figures"
+    low = ["activation checkpointing"] if memory == "low" else []
+    return " · ".join([backbone, image_size, f"batch {batch_size}", precision, *low, where])
