@@ -196,6 +196,9 @@ def estimate(
     backbone: Annotated[str, typer.Option(help="Short or timm names, comma-separated.")] = "swin_tiny",
     dataset: Annotated[str, typer.Option(help="A card's name or path: its tasks are estimated.")] = "scenes",
     tasks: Annotated[str | None, typer.Option(help="Comma-separated subset of the card's tasks.")] = None,
+    task_counts: Annotated[
+        str | None, typer.Option(help="e.g. 1,2,4: with the first so many of the card's tasks each.")
+    ] = None,
     protocol: Annotated[str, typer.Option(help="published or equal.")] = "published",
     recipe: Annotated[str, typer.Option(help="For optimizer and clipping.")] = "bdta",
     image_size: Annotated[str, typer.Option(help="448, or HEIGHTxWIDTH; several, comma-separated.")] = "448",
@@ -215,7 +218,7 @@ def estimate(
     from bench import estimate
 
     table = estimate.table(
-        methods, backbone, dataset, tasks, protocol, recipe, image_size, batch_size, precision, memory,
+        methods, backbone, dataset, tasks, task_counts, protocol, recipe, image_size, batch_size, precision, memory,
         losses_together, gpu, errors.print,
     )  # fmt: skip
     if save:

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from bench import recipe as recipes
 from bench.data import card as cards
+from bench.data.card import Card
 from bench.errors import BenchError
 from bench.grid import one_of, parse_size
 from bench.spec import MemoryUse, Precision, Protocol
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 METHOD, REASON, PEAK, BATCH, LARGEST = "method", "reason", "peak", "batch_size", "largest_batch"
-SETTING = ("backbone", "image_size", "memory", BATCH)  # columns that are shown where they differ
+SETTING = ("backbone", "image_size", "memory", "tasks", BATCH)  # columns that are shown where they differ
 BYTES = {
     "weights": "weights", "forward": "forward", "loss": "loss", "backward": "backward", "optimizer": "optim.",
     PEAK: "peak",
@@ -42,6 +43,7 @@ def table(
     backbones: str,
     dataset: str,
     tasks: str | None,
+    task_counts: str | None,
     protocol: str,
     recipe: str,
     image_sizes: str,
@@ -52,7 +54,9 @@ def table(
     gpu: str | None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> pd.DataFrame:
-    """A row a method, backbone, image size, batch size and memory use; bytes and operations of one step.
+    """A row a method, backbone, image size, number of tasks, batch size and memory use; bytes and operations of a step.
+
+    `task_counts` takes the first so many of the card's tasks.
 
     `reason` says why a row has no figures. With `gpu`, `fits` and the largest batch. Raises BenchError or MethodError.
     """
@@ -63,19 +67,22 @@ def table(
         one_of("memory", use, get_args(MemoryUse))
     limit = parse_gpu(gpu) if gpu else None
     sizes = [parse_size(size.strip()) for size in image_sizes.split(",")]
-    batches = [_batch(text) for text in batch_sizes.split(",")]
+    batches = [_whole("batch-size", text) for text in batch_sizes.split(",")]
     card, chosen = cards.load(dataset), recipes.load(recipe)
-    channels = card.channels(cards.choose_tasks(card, tasks))
+    task_lists = _task_lists(card, tasks, task_counts)
 
     from methods.backbones.load import full_name
     from methods.registry import MethodError, parse
 
     rows, left_out = [], set()
     frames = [full_name(name.strip()) for name in backbones.split(",")]
-    grid = list(itertools.product(frames, sizes, parse(methods), uses, batches))
-    for backbone, size, method, use, batch in track(grid, "estimating", transient=True, console=Console(stderr=True)):
+    grid = list(itertools.product(frames, sizes, parse(methods), uses, task_lists, batches))
+    for backbone, size, method, use, chosen_tasks, batch in track(
+        grid, "estimating", transient=True, console=Console(stderr=True)
+    ):
+        channels = card.channels(chosen_tasks)
         row = {"backbone": backbone, METHOD: method.expression, "image_size": f"{size[0]}x{size[1]}", "memory": use}
-        row |= {BATCH: batch, "precision": precision, "protocol": protocol}
+        row |= {"tasks": len(channels), BATCH: batch, "precision": precision, "protocol": protocol}
         run = functools.partial(
             _estimate, method, backbone, size, channels, protocol, use, chosen, precision, losses_together
         )
@@ -141,9 +148,20 @@ def parse_gpu(text: str) -> int:
     return int(float(match[1]) * GIB)
 
 
-def _batch(text: str) -> int:
+def _task_lists(card: Card, tasks: str | None, counts: str | None) -> list[tuple[str, ...]]:
+    if counts is None:
+        return [cards.choose_tasks(card, tasks)]
+    if tasks is not None:
+        raise BenchError("give --tasks or --task-counts, not both")
+    lists = [tuple(card.tasks)[: _whole("task-counts", text)] for text in counts.split(",")]
+    if any(len(chosen) != int(text) for chosen, text in zip(lists, counts.split(","), strict=True)):
+        raise BenchError(f"--task-counts {counts}: dataset {card.name} has {len(card.tasks)} tasks")
+    return lists
+
+
+def _whole(option: str, text: str) -> int:
     if not re.fullmatch(r"\s*[1-9]\d*\s*", text):
-        raise BenchError(f"--batch-size {text!r} is not a whole number above zero")
+        raise BenchError(f"--{option} {text!r} is not a whole number above zero")
     return int(text)
 
 
@@ -173,6 +191,7 @@ def title(found: pd.DataFrame) -> str:
     first = found.iloc[0]
     common = [str(first[column]) for column in ("backbone", "image_size") if found[column].nunique() == 1]
     common += [f"batch {first[BATCH]}"] if found[BATCH].nunique() == 1 else []
+    common += [f"{first['tasks']} tasks"] if found["tasks"].nunique() == 1 else []
     common += ["activation checkpointing"] if set(found["memory"]) == {"low"} else []
     return " · ".join(["ESTIMATED, not measured", *common, first["precision"], f"protocol {first['protocol']}"])
 
