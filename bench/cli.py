@@ -101,6 +101,12 @@ def run(
         bool, typer.Option("--skip-bad", help="Read all files first and do without unreadable images.")
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    cudnn_benchmark: Annotated[
+        bool, typer.Option("--cudnn-benchmark", help="Let cuDNN try out its convolution algorithms.")
+    ] = False,
+    shared_gpu: Annotated[
+        bool, typer.Option("--shared-gpu", help="Measure although another process is on the GPU; records say so.")
+    ] = False,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Loader processes. (default: none on a CPU, up to 8 on a GPU)")
     ] = None,
@@ -122,8 +128,20 @@ def run(
         "steps": steps, "precision": precision, "memory": memory, "seeds": seeds, "weights": weights,
         "limit_train": limit_train, "limit_val": limit_val, "eval_size": eval_size,
     }  # fmt: skip
-    chosen = {k: v for k, v in given.items() if v is not None} | ({"skip_bad": True} if skip_bad else {})
-    jobs = grid.jobs(suite, chosen, data_root, device, workers, out, tell=errors.print, cache=cache, read=not dry_run)
+    flags = {"skip_bad": skip_bad, "cudnn_benchmark": cudnn_benchmark}
+    chosen = {k: v for k, v in (given | flags).items() if v is not None and v is not False}
+    jobs = grid.jobs(
+        suite,
+        chosen,
+        data_root,
+        device,
+        workers,
+        out,
+        errors.print,
+        cache,
+        read=not dry_run,
+        shared_gpu=shared_gpu or dry_run,
+    )
     if dry_run:
         _print_cells(jobs, console)
         return

@@ -22,7 +22,7 @@ from bench.data import subset
 from bench.data.card import Card
 from bench.data.verify import unusable
 from bench.errors import BenchError, did_you_mean
-from bench.measure import provenance
+from bench.measure import gpu_state, provenance
 from bench.spec import EvalSize, Job, MemoryUse, Precision, Protocol, RunSpec
 
 Positive = Annotated[int, Field(gt=0)]
@@ -47,6 +47,7 @@ class Settings(BaseModel):
     steps: Annotated[int, Field(ge=0)] | None = None
     precision: str = "fp32"
     memory: str = "default"
+    cudnn_benchmark: bool = False
     seeds: str | int = "0"
     weights: str = "auto"
     limit_train: Positive | None = None
@@ -86,6 +87,7 @@ class Device:
     slug: str  # "cpu", or the GPU's name
     name: str = ""
     index: int = 0
+    uuid: str = ""
 
 
 def jobs(
@@ -98,11 +100,13 @@ def jobs(
     tell: Callable[[str], None] = lambda line: None,
     cache: str = "none",
     read: bool = True,
+    shared_gpu: bool = True,
 ) -> list[Job]:
     """Every cell, in order: backbones, then methods, then seeds. Raises BenchError or MethodError in one line.
 
-    With `read`, every image and label in use is read once, so that a bad one is named before anything is trained. Where
-    `all` methods were asked for, those that refuse a backbone are left out and `tell` hears why.
+    With `read`, every image and label in use is read once, so that a bad one is named before anything is trained.
+    Unless `shared_gpu`, a GPU on which another process computes is refused. Where `all` methods were asked for, those
+    that refuse a backbone are left out and `tell` hears why.
     """
     settings = _settings(suite, given)
     one_of("cache", cache, ("none", "ram", "disk"))
@@ -114,6 +118,8 @@ def jobs(
 
     # Only now the slow imports: whatever is wrong above is said at once.
     place = resolve_device(device, settings.precision)
+    if place.uuid and not shared_gpu:
+        gpu_state.refuse_company(place.uuid, place.name)
     from methods.backbones import load as backbones
     from methods.registry import parse
 
@@ -142,6 +148,7 @@ def jobs(
                 steps=steps,
                 precision=settings.precision,
                 memory=settings.memory,
+                cudnn_benchmark=settings.cudnn_benchmark,
                 weights=f"file:{weights.sha256}" if weights.source == "file" else weights.source,
                 limit_train=data.limit_train,
                 limit_val=data.limit_val,
@@ -309,15 +316,15 @@ def resolve_device(device: str, precision: str) -> Device:
     name, major = gpus[index]["name"], gpus[index]["major"]
     if precision in ("bf16", "tf32") and major < 8:
         raise BenchError(f"--precision {precision}: {name} has no {precision}; use fp32 or fp16")
-    return Device(provenance.slug(name), name, index)
+    return Device(provenance.slug(name), name, index, gpus[index].get("uuid", ""))
 
 
 def _cuda_devices() -> list[dict[str, Any]]:
-    """Name and compute capability of every GPU that torch can use."""
+    """Name, compute capability and UUID of every GPU that torch can use."""
     code = (
         "import json, torch; n = torch.cuda.device_count() if torch.cuda.is_available() else 0; "
-        "print(json.dumps([{'name': torch.cuda.get_device_name(i), 'major': torch.cuda.get_device_capability(i)[0]} "
-        "for i in range(n)]))"
+        "all = [torch.cuda.get_device_properties(i) for i in range(n)]; "
+        "print(json.dumps([{'name': p.name, 'major': p.major, 'uuid': str(p.uuid)} for p in all]))"
     )
     try:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)

@@ -52,6 +52,19 @@ class Weights(Part):
     sha256: str = ""  # of the file, where there is one
 
 
+class GPUState(Part):
+    """By NVML, at one moment; None for what the GPU does not tell."""
+
+    temperature: int | None = None  # degrees Celsius
+    watts: float | None = None
+    clock: int | None = None  # of the multiprocessors, MHz
+    clock_limit: int | None = None
+    memory_clock: int | None = None
+    throttled: list[str] = []  # why it runs slower than it could
+    process_bytes: int | None = None  # of the cell's process: allocator, CUDA context and all
+    others: int = 0  # other processes that compute on it
+
+
 class Provenance(Part):
     """What the row was run on."""
 
@@ -70,6 +83,8 @@ class Provenance(Part):
     dirty: bool | None = None
     data_fingerprint: str = ""
     weights: Weights | None = None
+    gpu_before: GPUState | None = None  # before the steps that are measured
+    gpu_after: GPUState | None = None
     started: str = ""  # ISO 8601, UTC
     seconds: float | None = None  # of the process that wrote the record, the last one of a resumed cell
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bench.data import card as cards
 from bench.errors import BenchError
-from bench.measure import provenance
+from bench.measure import gpu_state, provenance
 from bench.record import Estimated, Failure, MethodInfo, Parameters, Record, Status, Weights
 from bench.spec import Job, RunSpec
 from methods.registry import MethodError, parse
@@ -66,6 +66,7 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     on_gpu = spec.device_kind == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise BenchError("a CUDA device was asked for, but torch sees none")
+    torch.backends.cudnn.benchmark = spec.cudnn_benchmark
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = spec.precision == "tf32"
 
     def make_accelerator() -> Accelerator:
@@ -112,9 +113,12 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     trainer = Trainer(model, recipe, spec.batch_size, recipe.measure.warmup + recipe.measure.steps, accelerator)
     batch = synthetic_batch(channels, spec.image_size, spec.batch_size, accelerator.device)
     record.parameters.passes = model.passes(batch["image"][:1])
+    uuid = str(torch.cuda.get_device_properties(0).uuid) if on_gpu else ""
+    record.provenance.gpu_before = gpu_state.read(uuid) if uuid else None
     record.memory, record.time = measure(
         trainer, batch, recipe.measure, lambda step, total: emit("step", step=step, total=total)
     )
+    record.provenance.gpu_after = gpu_state.read(uuid) if uuid else None
     del trainer, model
     accelerator.free_memory()
     backbone = load_backbone(spec.backbone, spec.image_size, weights)

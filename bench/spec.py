@@ -43,6 +43,7 @@ class RunSpec(BaseModel):
     steps: int | None
     precision: Precision
     memory: MemoryUse = "default"
+    cudnn_benchmark: bool = False  # let cuDNN try out its convolution algorithms, which may take more workspace
     weights: str  # "timm", "random" or "file:<sha256>"
     limit_train: int | None = None
     limit_val: int | None = None
@@ -64,8 +65,9 @@ class RunSpec(BaseModel):
         setting = self.model_dump(
             mode="json", exclude={"method": True, "seed": True, "recipe_name": True, "recipe": settled}
         )
-        if self.memory == "default":  # as in records from before there was a choice
-            del setting["memory"]
+        for name, default in (("memory", "default"), ("cudnn_benchmark", False)):
+            if setting[name] == default:  # as in records from before there was a choice
+                del setting[name]
         return setting
 
     def relative_path(self) -> PurePosixPath:

@@ -401,3 +401,11 @@ def test_every_suite_runs_dry(suite):
     assert result.exit_code == 0, result.output
     assert int(result.stdout.split()[0]) > 0 and "cells" in result.stdout
     assert not list(Path().iterdir())
+
+
+def test_no_steps_is_a_length():
+    """0 means efficiency alone, and is not the same as nothing given."""
+    done = bench(
+        "run", "--methods", "decoder_only", "--backbone", LITE, "--weights", "random", "--steps", "0", "--dry-run"
+    )
+    assert done.exit_code == 0 and "length 0 steps" in " ".join(done.stdout.split())

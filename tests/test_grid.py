@@ -206,7 +206,7 @@ MATTERS = {
     "method": "mtlora", "backbone": "vit", "dataset": "nyud_v2", "data_fingerprint": "def", "tasks": ("semseg",),
     "protocol": "equal", "decoder": "hrnet", "image_size": (64, 32), "batch_size": 3, "epochs": 2, "steps": 3,
     "precision": "bf16", "weights": "timm", "limit_train": 5, "limit_val": 5, "device": "nvidia-h200",
-    "eval_size": "original", "skipped": ("a",), "memory": "low",
+    "eval_size": "original", "skipped": ("a",), "memory": "low", "cudnn_benchmark": True,
 }  # fmt: skip
 RECIPE_MATTERS = {
     "optimizer": recipes.Optimizer(name="adamw", lr=0.5),
@@ -237,7 +237,8 @@ def test_the_hash_leaves_out_the_seed_and_what_the_recipe_is_called():
 
 
 def test_a_choice_that_came_later_is_in_no_older_hash():
-    assert "memory" not in BASE.setting() and BASE.model_copy(update={"memory": "low"}).setting()["memory"] == "low"
+    assert not {"memory", "cudnn_benchmark"} & set(BASE.setting())
+    assert BASE.model_copy(update={"memory": "low"}).setting()["memory"] == "low"
 
 
 @pytest.mark.parametrize("hash_seed", ["0", "1"])

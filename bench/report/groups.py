@@ -160,6 +160,7 @@ def _title(members: Sequence[Found], device: str, weights: str) -> str:
         "evaluated at original size" if spec.eval_size == "original" else "",
         f"batch {spec.batch_size}",
         spec.precision,
+        "cudnn.benchmark" if spec.cudnn_benchmark else "",
         "activation checkpointing" if spec.memory == "low" else "",
         "RANDOM backbone weights" if weights == "random" else f"{weights} weights",
         device,
@@ -189,9 +190,13 @@ def _drift(found: Sequence[Found]) -> list[str]:
     loads = [(p.load_before, p.cores) for p in seen if p.device == "cpu" and p.load_before is not None]
     busy, cores = max((load for load in loads if load[0] > load[1] + 1), default=(0.0, 0))
     commits = sorted({p.commit[:10] for p in seen if p.commit})
+    states = [state for p in seen for state in (p.gpu_before, p.gpu_after) if state]
+    slow = sorted({reason for state in states for reason in state.throttled})
     return [
         *([f"rows ran on different torch versions: {', '.join(torch)}"] if len(torch) > 1 else []),
         *([f"rows come from different commits: {', '.join(commits)}"] if len(commits) > 1 else []),
         *([f"measured on a busy machine: load {busy:.1f} on {cores} cores when a cell began"] if busy else []),
+        *([f"the GPU was slowed down while some rows were measured: {', '.join(slow)}"] if slow else []),
+        *(["other processes were on the GPU of some rows"] if any(state.others for state in states) else []),
         *(["some rows come from a working tree with uncommitted changes"] if any(p.dirty for p in seen) else []),
     ]
