@@ -31,10 +31,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 METHOD, REASON, PEAK, BATCH, LARGEST = "method", "reason", "peak", "batch_size", "largest_batch"
 SETTING = ("backbone", "image_size", "memory", "tasks", BATCH)  # columns that are shown where they differ
-BYTES = {
-    "weights": "weights", "forward": "forward", "loss": "loss", "backward": "backward", "optimizer": "optim.",
-    PEAK: "peak",
-}  # fmt: skip
+BYTES = {"weights": "weights", "forward": "fwd", "loss": "loss", "backward": "bwd", "optimizer": "opt", PEAK: "peak"}
 OPERATIONS = {"flops_forward": "fwd", "flops_backward": "bwd"}
 
 

@@ -74,7 +74,7 @@ def profile(
     import torch
     from accelerate import Accelerator
 
-    from bench.measure.profile import CPU_CLOCK, CUDA_CLOCK, synthetic_batch
+    from bench.measure.profile import CPU_CLOCK, CUDA_CLOCK, settle, synthetic_batch
     from bench.train.loop import Trainer
     from methods.backbones.load import WeightSource, full_name, load_backbone
     from methods.layers.checkpointing import checkpoint_activations
@@ -85,7 +85,6 @@ def profile(
     if place.name:
         torch.cuda.set_device(place.index)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    accelerator = Accelerator(mixed_precision=mixed, cpu=not place.name)
     trainers = {}
     for method in parse(methods):
         torch.manual_seed(0)
@@ -93,8 +92,12 @@ def profile(
         model = method.try_build(frame, channels, Setting(protocol))
         if memory == "low":
             checkpoint_activations(model)
+        accelerator = Accelerator(mixed_precision=mixed, cpu=not place.name)  # a loss scale of its own
         trainers[method.expression] = Trainer(model, chosen, batch_size, rounds + 1, accelerator)
     batch = synthetic_batch(channels, size, batch_size, accelerator.device)
+    if precision == "fp16":
+        for trainer in trainers.values():
+            settle(trainer, batch)
     frozen = load_backbone(full_name(backbone), size, WeightSource("random")).to(accelerator.device).eval()
 
     def forward() -> None:

@@ -71,7 +71,10 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
 
     def make_accelerator() -> Accelerator:
         mixed = spec.precision if spec.precision in ("bf16", "fp16") else "no"
-        return Accelerator(mixed_precision=mixed, cpu=not on_gpu)
+        made = Accelerator(mixed_precision=mixed, cpu=not on_gpu)
+        if made.device.type != spec.device_kind:  # figures of one device under the name of another
+            raise RuntimeError(f"accelerate chose {made.device} where {spec.device_kind} was asked for")
+        return made
 
     record.provenance.threads = torch.get_num_threads()
     card = cards.load(job.card)
@@ -112,12 +115,12 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     )
     trainer = Trainer(model, recipe, spec.batch_size, recipe.measure.warmup + recipe.measure.steps, accelerator)
     batch = synthetic_batch(channels, spec.image_size, spec.batch_size, accelerator.device)
-    record.parameters.passes = model.passes(batch["image"][:1])
     uuid = str(torch.cuda.get_device_properties(0).uuid) if on_gpu else ""
     record.provenance.gpu_before = gpu_state.read(uuid) if uuid else None
     record.memory, record.time = measure(
         trainer, batch, recipe.measure, lambda step, total: emit("step", step=step, total=total)
     )
+    record.parameters.passes = model.passes(batch["image"][:1])
     record.provenance.gpu_after = gpu_state.read(uuid) if uuid else None
     del trainer, model
     accelerator.free_memory()
@@ -181,7 +184,7 @@ def estimated(build: Callable[[], MultiTaskModel], spec: RunSpec) -> Estimated:
 
     try:
         found = estimate(build, spec.image_size, spec.recipe, spec.batch_size, spec.precision)
-    except BenchError as error:
+    except (BenchError, MethodError) as error:
         return Estimated(reason=str(error))
     return Estimated(
         peak=found.peak,

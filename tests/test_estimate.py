@@ -9,6 +9,7 @@ import functools
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from torch import nn
 from typer.testing import CliRunner
 
@@ -155,6 +156,40 @@ def test_what_depends_on_values_is_named():
         estimate(build, SIZE, RECIPE, 2)
 
 
+def test_an_estimate_leaves_accelerate_alone(build):
+    """Its state is the process's own: a cell that is estimated first must get its device and precision afterwards."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        estimate(lambda: build("decoder_only"), SIZE, RECIPE, 2)
+        assert not AcceleratorState._shared_state and not PartialState._shared_state
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_step_that_fails_on_fakes_is_no_crash():
+    def build():
+        def fail(*_, **__):
+            raise AssertionError("two lines\nof it")
+
+        model = MultiTaskModel(nn.Identity(), nn.Conv2d(3, 1, 1), {"depth": 1})
+        model.forward = fail
+        return model
+
+    with pytest.raises(BenchError, match="^no estimate: AssertionError: two lines$"):
+        estimate(build, SIZE, RECIPE, 2)
+
+
+def test_casts_of_weights_are_forgotten_after_each_recomputation(build):
+    def low():
+        model = build("multi_task_full", size=(128, 128))
+        checkpoint_activations(model)
+        return model
+
+    plain = estimate(lambda: build("multi_task_full", size=(128, 128)), (128, 128), RECIPE, 8, "bf16")
+    less = estimate(low, (128, 128), RECIPE, 8, "bf16")
+    assert less.peak < plain.peak and less.phases["optimizer"] == pytest.approx(plain.phases["optimizer"], rel=0.02)
+
+
 # CUDA's rules
 
 
@@ -171,6 +206,13 @@ def test_dropout_keeps_a_boolean_mask():
     with LikeCUDA():
         cuda = kept()
     assert plain == 4000 + 4000 and cuda == 4000 + 1000
+
+
+def test_sums_are_float32_without_a_copy_of_their_input():
+    x = torch.ones(1000, 1000, dtype=torch.bfloat16)
+    with LiveBytes() as live, LikeCUDA(torch.bfloat16):
+        assert x.sum(1).dtype == torch.float32
+    assert live.peak <= 1000 * 4 + 100
 
 
 def test_fused_attention_gives_the_shapes_and_gradients():

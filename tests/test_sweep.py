@@ -288,3 +288,15 @@ def test_an_empty_failure_is_classified():
 )
 def test_running_out_of_memory_is_a_status_of_its_own(error):
     assert run.classify(error)[0] == "out_of_memory"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_cell_in_either_precision_of_a_cpu(precision, tmp_path):
+    """With its estimate before it, in the process of its own that a cell is."""
+    given = {"methods": "decoder_only", "weights": "random", "image_size": "32", "recipe": "smoke", "steps": 0}
+    (job,) = grid.jobs(None, given | {"precision": precision}, None, "cpu", None, tmp_path)
+    (record,) = sweep.run_all([job], Console())
+    assert record.status == "ok", record.failure
+    assert record.estimate.peak > record.estimate.weights > 0 and record.estimate.forward > 0
+    assert set(record.time.phases) == {"forward", "loss", "backward", "optimizer"} and record.time.floor
+    assert record.parameters.passes == 1

@@ -66,7 +66,6 @@ def _read_array(path: Path, key: str, mode: str | None) -> np.ndarray:
 def _read_mat(path: Path, key: str) -> np.ndarray:
     """One variable of a MATLAB file (version 7 or older)."""
     from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
 
     if not key:
         raise BenchError(f"{path}: a .mat file holds several variables; name one in the card with key")
@@ -74,8 +73,8 @@ def _read_mat(path: Path, key: str) -> np.ndarray:
         held = loadmat(path)
     except FileNotFoundError as error:
         raise BenchError(f"missing file {path}") from error
-    except (MatReadError, OSError, ValueError, TypeError, NotImplementedError, EOFError, IndexError) as error:
-        raise BenchError(f"cannot read MATLAB file {path}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a damaged file makes scipy and zlib raise all kinds of errors
+        raise BenchError(f"cannot read MATLAB file {path}: {_first_line(error)}") from error
     if key not in held:
         names = ", ".join(name for name in held if not name.startswith("__")) or "nothing"
         raise BenchError(f"{path} has no variable {key!r}; it holds {names}")
@@ -151,10 +150,10 @@ def _read_raster(path: Path, mode: str | None) -> np.ndarray:
             return np.array(image.convert(mode) if mode else image)
     except FileNotFoundError as error:
         raise BenchError(f"missing file {path}") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # a damaged file makes Pillow's decoders raise all kinds of errors
         if path.is_file() and path.stat().st_size == 0:
             raise BenchError(f"cannot decode image {path}: the file is empty") from error
-        reason = "no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        reason = "no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else _first_line(error)
         raise BenchError(f"cannot decode image {path}: {reason}") from error
 
 
@@ -163,8 +162,12 @@ def _read_npy(path: Path) -> np.ndarray:
         return np.load(path, allow_pickle=False)
     except FileNotFoundError as error:
         raise BenchError(f"missing file {path}") from error
-    except (OSError, ValueError, EOFError) as error:
-        raise BenchError(f"cannot read array {path}: {error}") from error
+    except Exception as error:  # a damaged header is parsed as Python, and fails in all its ways
+        raise BenchError(f"cannot read array {path}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _classes(raw: np.ndarray, card: TaskCard, path: Path) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -86,5 +87,9 @@ def _presence(card: Card, root: Path, names: Sequence[str], task: str, tell: Cal
             row[np.unique(label[label != decode.IGNORE])] = 1
         return found
 
-    rule = f"presence of {task} in {spec.model_dump_json()} {derived.VERSION}"
+    # The rows are of the names, in this order, those without a file too.
+    rows = hashlib.sha256(
+        json.dumps([(name, path.is_file()) for name, path in zip(names, paths, strict=True)]).encode()
+    )
+    rule = f"presence of {task} in {spec.model_dump_json()}, rows {rows.hexdigest()}"
     return derived.cached([path for path in paths if path.is_file()], rule, derive, must_keep=False)

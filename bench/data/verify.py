@@ -22,8 +22,9 @@ def unusable(
 ) -> dict[str, str]:
     """Id -> what is wrong with its image or labels, for those that cannot be used.
 
-    Files are read once: what was found is kept in the cache folder as long as no file changes. `tell` hears of slow
-    reading. A missing file is a problem like any other.
+    Files are read once: that all are good is kept in the cache folder as long as no file changes. `tell` hears of slow
+    reading. A missing file is a problem like any other. Raises BenchError where labels cannot be derived for want of a
+    cache folder.
     """
     kept = derived.folder() / "checked" / f"{_digest(card, root, names, tasks)}.json"
     with contextlib.suppress(OSError, ValueError):
@@ -34,8 +35,12 @@ def unusable(
     else:
         found = {name: inspect(card, root, name, tasks) for name in names}
     bad = {name: sample.problems[0] for name, sample in found.items() if sample.problems}
-    with contextlib.suppress(BenchError):  # without a cache folder they are read again next time
-        write_atomically(kept, json.dumps(bad))
+    cacheless = next((problem for problem in bad.values() if problem.startswith("cannot cache")), None)
+    if cacheless is not None:  # no fault of the image's
+        raise BenchError(cacheless)
+    if not bad:  # a disk's or a network's fault may pass: what is bad is read again next time
+        with contextlib.suppress(BenchError):
+            write_atomically(kept, json.dumps(bad))
     return bad
 
 

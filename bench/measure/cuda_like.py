@@ -22,8 +22,9 @@ FLOAT32 = frozenset({
     "acos", "asin", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt", "tan", "pow", "__pow__",
     "softplus", "layer_norm", "rms_norm", "group_norm", "cosine_similarity", "nll_loss", "kl_div", "l1_loss",
     "smooth_l1_loss", "mse_loss", "cross_entropy", "binary_cross_entropy_with_logits", "logsumexp", "interpolate",
-    "norm", "softmax", "log_softmax", "cumsum", "cumprod", "prod", "sum",
+    "norm", "softmax", "log_softmax",
 })  # fmt: skip
+FLOAT32_INSIDE = frozenset({"sum", "prod", "cumsum", "cumprod"})  # summed in float32 without a copy of the input
 PROMOTE = frozenset({"addcdiv", "addcmul", "atan2", "cross", "dot", "grid_sample", "tensordot"})
 
 
@@ -38,6 +39,10 @@ class LikeCUDA(TorchFunctionMode):
         self.dtype = dtype
         self._cast_weights: dict[int, Tensor] = {}
 
+    def __exit__(self, *error: Any) -> None:
+        self.forget_casts()
+        super().__exit__(*error)
+
     def forget_casts(self) -> None:
         """What autocast does at its end."""
         self._cast_weights.clear()
@@ -50,6 +55,8 @@ class LikeCUDA(TorchFunctionMode):
                 args, kwargs = self._cast(self.dtype, args, kwargs)
             elif name in FLOAT32 or (name in PROMOTE and _mixed(args, kwargs)):
                 args, kwargs = self._cast(torch.float32, args, kwargs)
+            elif name in FLOAT32_INSIDE and args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+                kwargs = {"dtype": torch.float32} | kwargs
         if name == "dropout":
             return _dropout(*args, **kwargs)
         if name == "scaled_dot_product_attention":
@@ -62,7 +69,9 @@ class LikeCUDA(TorchFunctionMode):
                 return x
             if not (x.is_leaf and x.requires_grad):
                 return x.to(dtype)
-            return self._cast_weights.setdefault(id(x), x.to(dtype))
+            if id(x) not in self._cast_weights:
+                self._cast_weights[id(x)] = x.to(dtype)
+            return self._cast_weights[id(x)]
 
         return tree_map(one, args), tree_map(one, kwargs)
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -83,19 +82,36 @@ def estimate(
 
     Raises BenchError naming an operator whose result depends on values, or that has no rule for shapes alone.
     """
-    mode = FakeTensorMode()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # a method may hold a tensor that is no parameter and no buffer
     model = fake_model(build, mode)
     try:
         with mode:
-            trainer = Trainer(model, recipe, batch_size, 2, Accelerator(cpu=True, device_placement=False))
+            trainer = Trainer(model, recipe, batch_size, 2, _NoAccelerator())
             trainer.losses_together = losses_together
             batch = synthetic_batch(model.tasks, size, batch_size, torch.device("cpu"))
             with _as_on_cuda(trainer, AUTOCAST.get(precision)) if cuda else nullcontext():
                 return step_bytes(trainer, batch, _FakeBytes(CUDA_GRANULE if cuda else 1))
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
         raise BenchError(f"no estimate: {error.func} has no result without values") from error
-    except NotImplementedError as error:
-        raise BenchError(f"no estimate: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever else a method does that shapes alone cannot answer
+        first = (str(error).strip() or "no message").splitlines()[0]
+        raise BenchError(f"no estimate: {type(error).__name__}: {first}") from error
+
+
+class _NoAccelerator:
+    """What Trainer uses of accelerate, without its state: that is the process's own, and a cell that is estimated first
+    must still find its GPU and its precision."""
+
+    device, scaler = torch.device("cpu"), None
+
+    def prepare(self, *objects: Any) -> tuple[Any, ...]:
+        return objects
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def unscale_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        pass
 
 
 def step_bytes(trainer: Trainer, batch: Mapping[str, Tensor], live: LiveBytes) -> Estimate:
@@ -170,7 +186,7 @@ def largest_batch(measure: Callable[[int], int], limit: int, start: int = 8, mos
     peaks = {1: measure(1)}
     if peaks[1] > limit:
         return 0
-    low, high = 1, most + 1  # one that fits, one that does not
+    low, high = 1, max(most, start) + 1  # one that fits, one that does not
     probe = max(start, 2)
     for turn in itertools.count(1):
         peaks[probe] = measure(probe)

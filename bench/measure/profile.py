@@ -125,7 +125,7 @@ def _cuda_memory(trainer: Trainer, batch: Mapping[str, Tensor]) -> Memory:
     """Peaks of two steps after one that has made the optimizer allocate its moments."""
     torch.cuda.synchronize()
     weights = torch.cuda.memory_allocated() - sum(x.numel() * x.element_size() for x in batch.values())
-    _settle(trainer, batch)
+    settle(trainer, batch)
     peaks: dict[str, int] = {}
     current = ""
 
@@ -152,7 +152,7 @@ def _cuda_memory(trainer: Trainer, batch: Mapping[str, Tensor]) -> Memory:
     )
 
 
-def _settle(trainer: Trainer, batch: Mapping[str, Tensor]) -> None:
+def settle(trainer: Trainer, batch: Mapping[str, Tensor]) -> None:
     """Step until the optimizer has stepped: fp16's loss scale starts too high, and its first steps are skipped."""
     for step in range(30):
         trainer.step(batch, step)

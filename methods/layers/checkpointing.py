@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def checkpoint_activations(model: nn.Module) -> None:
         def run(*args: Any, **kwargs: Any) -> Any:
             if inside[0] or not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
-            again = _again(module, _get_current_function_mode_stack())
+            again = _Again(module, _get_current_function_mode_stack())
             return checkpoint(once, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again), **kwargs)
 
         def once(*args: Any, **kwargs: Any) -> Any:
@@ -54,26 +54,32 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 def _units(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
-        if isinstance(module, CONTAINERS) and not isinstance(child, CONTAINERS):
+        # By exact type: timm derives networks with a forward of their own from these containers.
+        element = type(module) in CONTAINERS and type(child) not in CONTAINERS
+        if element and not any(isinstance(part, TransformerBackbone) for part in child.modules()):
             yield child
         else:
             yield from _units(child)
 
 
-@contextmanager
-def _again(module: nn.Module, modes: list[TorchFunctionMode]) -> Iterator[None]:
-    """For the recomputation: torch's function modes are those of the forward, and a batch norm must not update its
-    running statistics a second time."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        with ExitStack() as stack:
-            for mode in modes:
-                stack.enter_context(mode)
-            yield
-    finally:
-        for norm, (momentum, batches) in zip(norms, before, strict=True):
+class _Again:
+    """For a recomputation, which may come several times: torch's function modes are those of the forward, and a batch
+    norm must not update its running statistics once more."""
+
+    def __init__(self, module: nn.Module, modes: list[TorchFunctionMode]) -> None:
+        self.module, self.modes = module, modes
+
+    def __enter__(self) -> None:
+        norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+        self.before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+        for norm in norms:
+            norm.momentum = 0.0
+        self.stack = ExitStack()
+        for mode in self.modes:
+            self.stack.enter_context(mode)
+
+    def __exit__(self, *error: Any) -> None:
+        self.stack.close()
+        for norm, momentum, batches in self.before:
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(batches)

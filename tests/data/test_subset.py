@@ -111,6 +111,19 @@ def test_a_changed_label_is_read_again(root):
     assert "8" in pick(root, 2)
 
 
+def test_another_list_has_another_table(root):
+    """With one label missing, the list with that id and the list without it read the same files."""
+    (root / "5-seg.png").unlink()
+    card = cards.load(str(root / "own.yaml"))
+
+    def chosen(without):
+        return subset.ids(card, "train", root, 3, ("semseg",), without)
+
+    assert chosen([]) and "20" in chosen(["5"]) and "20" in chosen(["5", "6"])
+    (root / "ids.txt").write_text(" ".join(str(i) for i in range(30) if i != 5))
+    assert chosen([]) == chosen(["5"])
+
+
 def test_an_unreadable_label_is_not_chosen_before_the_others(root):
     (root / "20-seg.png").write_bytes(b"")
     assert "20" not in pick(root, 3)

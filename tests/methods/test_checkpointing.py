@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from methods.backbones.base import TransformerBackbone
+from methods.backbones.load import WeightSource, full_name, load_backbone
 from methods.layers.checkpointing import checkpoint_activations
-from methods.registry import all_methods
+from methods.model import Setting
+from methods.registry import all_methods, parse
 
 
 def step(model):
@@ -113,3 +116,43 @@ def test_a_unit_inside_a_unit_is_recomputed_once():
     checkpoint_activations(model)
     model.outer[0](torch.randn(2, 4, requires_grad=True)).sum().backward()
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "densenet121", "tf_efficientnet_lite0"])
+def test_convolutional_backbones_that_are_trained(name, tasks):
+    """Some are containers with a forward of their own, some overwrite their inputs."""
+    (configured,) = parse("multi_task_full")
+    torch.manual_seed(0)
+    plain = configured.build(load_backbone(full_name(name), (64, 64), WeightSource("random")), tasks, Setting("equal"))
+    low = copy.deepcopy(plain)
+    checkpoint_activations(low)
+    step(plain)
+    step(low)
+    for (path, one), other in zip(plain.named_parameters(), low.parameters(), strict=True):
+        if one.grad is not None:
+            torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-6, msg=path)
+    state = low.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in plain.state_dict().items())
+
+
+def test_several_backwards_through_one_graph():
+    plain = Net().train()
+    low = copy.deepcopy(plain)
+    checkpoint_activations(low)
+    found = []
+    for model in (plain, low):
+        torch.manual_seed(3)
+        out = model(torch.randn(4, 8, 6, 6))
+        weights = [p for p in model.parameters() if p.dim() > 1]
+        found.append([torch.autograd.grad(out[:, c].sum(), weights, retain_graph=True) for c in range(3)])
+    for one, other in zip(*found, strict=True):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(b, a)
+    assert plain.units[0][1].num_batches_tracked == low.units[0][1].num_batches_tracked == 1
+
+
+def test_a_backbone_a_task_is_no_unit_as_a_whole(build):
+    from methods.layers.checkpointing import _units
+
+    units = list(_units(build("lora")))
+    assert units and not any(isinstance(part, TransformerBackbone) for unit in units for part in unit.modules())
