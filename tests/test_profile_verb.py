@@ -98,5 +98,5 @@ def test_a_step_is_as_long_as_its_phases_on_a_real_model():
     )  # fmt: skip
     own = found[0]
     for index, seconds in enumerate(own.seconds):
-        assert sum(values[index] for values in own.phases.values()) == pytest.approx(seconds, rel=0.05)
+        assert sum(values[index] for values in own.phases.values()) == pytest.approx(seconds, rel=0.2)
         assert all(values[index] > 0 for values in own.phases.values())
