@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bench.errors import BenchError
-from methods.registry import MethodError
+from bench import cli_data
+from bench.one_line import errors, one_line_errors
+from bench.record import write_atomically
 
 app = typer.Typer(
     help="Compare PEFT methods for multi-task dense vision: parameters, memory, time and accuracy.",
@@ -23,24 +22,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-errors = Console(stderr=True, soft_wrap=True)
-
-
-def one_line_errors(verb: Callable[..., None]) -> Callable[..., None]:
-    """What the user can put right is one line and exit code 2; an interrupt is 130."""
-
-    @wraps(verb)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            verb(*args, **kwargs)
-        except KeyboardInterrupt:
-            errors.print("[yellow]interrupted[/yellow]; the same command goes on where this one stopped")
-            raise typer.Exit(130) from None
-        except (BenchError, MethodError) as error:
-            errors.print(f"[red]error:[/red] {escape(str(error))}")
-            raise typer.Exit(2) from None
-
-    return wrapped
+app.add_typer(cli_data.app, name="data")
 
 
 @app.command()
@@ -240,7 +222,7 @@ def estimate(
         losses_together, gpu, errors.print,
     )  # fmt: skip
     if save:
-        estimate.save(table, save)
+        write_atomically(save, table.to_csv(index=False))
     if markdown:
         print(estimate.markdown(table))
     else:
@@ -261,122 +243,29 @@ def profile(
     precision: Annotated[str, typer.Option(help="fp32, tf32, bf16 or fp16.")] = "fp32",
     memory: Annotated[str, typer.Option(help="default, or low: activation checkpointing.")] = "default",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    shared_gpu: Annotated[bool, typer.Option("--shared-gpu", help="Although another process is on the GPU.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Steps of each method that count.")] = 9,
     reference: Annotated[str | None, typer.Option(help="Ratios against this method. (default: the first)")] = None,
     save: Annotated[Path | None, typer.Option(help="A CSV file for the figures.")] = None,
 ) -> None:
     """Seconds a batch of several methods side by side, their steps interleaved, and the ratios between them."""
-    from bench import estimate, grid
+    from bench import grid
     from bench import profile as profiles
+    from bench.measure import gpu_state
 
     console = Console()
+    place = grid.resolve_device(device, precision)
+    if place.uuid and not shared_gpu:
+        gpu_state.refuse_company(place.uuid, place.name)
     found = profiles.profile(
-        methods, backbone, dataset, tasks, protocol, recipe, image_size, batch_size, precision, memory, device, rounds,
+        methods, backbone, dataset, tasks, protocol, recipe, image_size, batch_size, precision, memory, place, rounds,
         Console(stderr=True),
     )  # fmt: skip
     table = profiles.figures(found, reference)
     if save:
-        estimate.save(table, save)
-    place = grid.resolve_device(device, precision)
+        write_atomically(save, table.to_csv(index=False))
     heading = profiles.heading(backbone, image_size, batch_size, precision, memory, place)
     profiles.show(table, heading, rounds, console)
-
-
-data = typer.Typer(help="Look at a dataset before training on it.", no_args_is_help=True)
-app.add_typer(data, name="data")
-DATASET = Annotated[str, typer.Argument(help="A card's name or a path to a YAML card.")]
-DATA_ROOT = Annotated[Path | None, typer.Option(help="Folder that the card's files lie in.")]
-TASK_LIST = Annotated[str | None, typer.Option(help="Comma-separated subset of the card's tasks. (default: all)")]
-
-
-@data.command()
-@one_line_errors
-def check(
-    dataset: DATASET,
-    data_root: DATA_ROOT = None,
-    tasks: TASK_LIST = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes. (default: one a core)")] = None,
-) -> None:
-    """Read every file once: counts, unreadable files, label values, sizes. Exit code 1: training would go wrong."""
-    from bench.data import card as cards
-    from bench.data.check import check
-    from bench.measure import provenance
-
-    card = cards.load(dataset)
-    chosen = cards.choose_tasks(card, tasks) if tasks else tuple(card.tasks)
-    root = data_root if card.source != "files" else cards.require_root(card, data_root)
-    if not check(card, root, chosen, Console(), workers or provenance.usable_cores()):
-        raise typer.Exit(1)
-
-
-@data.command()
-@one_line_errors
-def preview(
-    dataset: DATASET,
-    data_root: DATA_ROOT = None,
-    tasks: TASK_LIST = None,
-    split: Annotated[str, typer.Option(help="train or val.")] = "train",
-    count: Annotated[int, typer.Option(min=1, help="Samples, evenly spaced.")] = 6,
-    image_size: Annotated[str | None, typer.Option(help="224, or HEIGHTxWIDTH. (default: the card's)")] = None,
-    augment: Annotated[
-        str | None, typer.Option(help="A recipe: draw the samples after its augmentation, the first epoch's.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the augmentation.")] = 0,
-    out: Annotated[Path, typer.Option(help="Where the sheet goes.")] = Path("preview.png"),
-) -> None:
-    """A PNG sheet of samples with every task drawn, as training sees them."""
-    from bench import recipe
-    from bench.data import card as cards
-    from bench.data import preview
-    from bench.data.loader import DenseDataset
-    from bench.errors import did_you_mean
-    from bench.grid import parse_size
-
-    if split not in ("train", "val"):
-        raise BenchError(f"unknown split {split!r}{did_you_mean(split, ('train', 'val'))}; one of: train, val")
-    card = cards.load(dataset)
-    chosen = cards.choose_tasks(card, tasks) if tasks else tuple(card.tasks)
-    changes = recipe.load(augment).augment if augment else None
-    size = parse_size(image_size) or card.image_size
-    samples = DenseDataset(card, split, chosen, size, data_root, count, changes, seed)
-    preview.save(preview.sheet(samples, range(len(samples))), out)
-    console = Console()
-    console.print(f"{len(samples)} samples of {card.name} {split} at {size[0]}x{size[1]}: {out}", soft_wrap=True)
-
-
-@data.command()
-@one_line_errors
-def speed(
-    dataset: DATASET,
-    data_root: DATA_ROOT = None,
-    tasks: TASK_LIST = None,
-    recipe: Annotated[str, typer.Option(help="Whose augmentation.")] = "bdta",
-    image_size: Annotated[str | None, typer.Option(help="224, or HEIGHTxWIDTH. (default: the card's)")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Training samples.")] = 32,
-) -> None:
-    """Training samples a second from one loader process, with each kind of --cache, side by side."""
-    from bench import recipe as recipes
-    from bench.data import card as cards
-    from bench.data import speed
-    from bench.grid import parse_size
-
-    card = cards.load(dataset)
-    root = data_root if card.source != "files" else cards.require_root(card, data_root)
-    chosen, size = cards.choose_tasks(card, tasks), parse_size(image_size) or card.image_size
-    console = Console()
-    speed.show(speed.compare(card, root, chosen, size, recipes.load(recipe), count), count, console)
-
-
-@data.command()
-@one_line_errors
-def fetch(dataset: DATASET, to: Annotated[Path, typer.Option(help="Folder to unpack below.")] = Path("data")) -> None:
-    """Download a dataset's archive from its card's address, verify and unpack it; or explain the manual step."""
-    from bench.data import card as cards
-    from bench.data.fetch import fetch
-
-    console = Console()
-    root = fetch(cards.load(dataset), to, console)
-    console.print(f"use it with --data-root {root}", soft_wrap=True)
 
 
 @app.command("list")

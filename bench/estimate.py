@@ -6,7 +6,6 @@ import functools
 import itertools
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import pandas as pd
@@ -16,6 +15,7 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
+from bench import count
 from bench import recipe as recipes
 from bench.data import card as cards
 from bench.data.card import Card
@@ -54,7 +54,6 @@ def table(
     """A row a method, backbone, image size, number of tasks, batch size and memory use; bytes and operations of a step.
 
     `task_counts` takes the first so many of the card's tasks.
-
     `reason` says why a row has no figures. With `gpu`, `fits` and the largest batch. Raises BenchError or MethodError.
     """
     one_of("protocol", protocol, get_args(Protocol))
@@ -221,15 +220,4 @@ def show(found: pd.DataFrame, console: Console) -> None:
 
 
 def markdown(found: pd.DataFrame) -> str:
-    written = cells(found)
-    lines = ["| " + " | ".join(written.columns) + " |", "| --- |" + " ---: |" * (len(written.columns) - 1)]
-    lines += ["| " + " | ".join(row) + " |" for row in written.itertuples(index=False)]
-    return "\n".join([title(found), "", *lines, "", *notes(found)])
-
-
-def save(found: pd.DataFrame, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found.to_csv(path, index=False)
-    except OSError as error:
-        raise BenchError(f"cannot write {path}: {error.strerror or error}") from error
+    return "\n".join([title(found), "", count.markdown(cells(found)), "", *notes(found)])

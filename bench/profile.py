@@ -21,7 +21,7 @@ from rich.table import Table
 from bench import recipe as recipes
 from bench.data import card as cards
 from bench.errors import BenchError
-from bench.grid import Device, one_of, parse_size, resolve_device
+from bench.grid import Device, one_of, parse_size
 from bench.spec import MemoryUse, Precision, Protocol
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def profile(
     batch_size: int,
     precision: str,
     memory: str,
-    device: str,
+    place: Device,
     rounds: int,
     console: Console,
 ) -> list[Profile]:
@@ -68,7 +68,6 @@ def profile(
     one_of("memory", memory, get_args(MemoryUse))
     card, chosen = cards.load(dataset), recipes.load(recipe)
     channels = card.channels(cards.choose_tasks(card, tasks))
-    place = resolve_device(device, precision)
     size = parse_size(image_size)
 
     import torch

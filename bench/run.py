@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bench.data import card as cards
-from bench.errors import BenchError
+from bench.errors import BenchError, first_line
 from bench.measure import gpu_state, provenance
 from bench.record import Estimated, Failure, MethodInfo, Parameters, Record, Status, Weights
 from bench.spec import Job, RunSpec
@@ -159,8 +159,7 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
 
     emit("phase", name="evaluate")
     val_set = samples("val", spec.limit_val, original_labels=spec.eval_size == "original")
-    fit_set = samples("train", spec.limit_train)
-    fit_set.names = evenly_spaced(fit_set.names, FLOOR_SAMPLES)
+    fit_set = samples("train", None, names=evenly_spaced(train_set.names, FLOOR_SAMPLES))
     fit, score = (validation_batches(d, spec.batch_size, job.workers, pin=False) for d in (fit_set, val_set))
     record.floor = _finite(score_constants(fit_constants(fit, channels), score, channels))
     values, per_class = evaluate(
@@ -219,17 +218,15 @@ def classify(error: BaseException) -> tuple[Status, Failure]:
     memory = kind == "OutOfMemoryError" or isinstance(error, MemoryError)
     signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # the last one is cuBLAS's and cuDNN's
     if memory or (isinstance(error, RuntimeError) and any(sign in text for sign in signs)):
-        return "out_of_memory", Failure(kind=kind, message=_first_line(text) or "out of memory", traceback=trace)
+        return "out_of_memory", Failure(
+            kind=kind, message=first_line(error) if text else "out of memory", traceback=trace
+        )
     if kind == "DivergedError":
         return "diverged", Failure(kind=kind, message=text)
     if isinstance(error, (BenchError, MethodError)):
         # From a loader's worker process the message comes wrapped in that process's traceback.
         return "failed", Failure(kind=kind, message=text.splitlines()[-1].removeprefix("bench.errors.BenchError: "))
-    return "failed", Failure(kind=kind, message=_first_line(text) or kind, traceback=trace)
-
-
-def _first_line(text: str) -> str:
-    return text.splitlines()[0] if text else ""
+    return "failed", Failure(kind=kind, message=first_line(error), traceback=trace)
 
 
 def main() -> None:

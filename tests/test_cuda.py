@@ -1,11 +1,12 @@
 """What only a CUDA GPU can show; and, on any machine, how a cell is given its GPU."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import grid, sweep
+from bench import grid, run, sweep
 from bench.spec import Job
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -53,3 +54,11 @@ def test_a_cell_measures_and_trains(precision, tmp_path):
         assert record.status == "ok", record.failure
         assert 0 < record.memory.weights_allocated < record.memory.peak_allocated <= record.memory.peak_reserved
         assert record.time.device == "cuda" and min(record.time.samples) > 0
+
+
+def test_figures_of_a_cpu_never_go_under_a_gpus_name(monkeypatch, tmp_path):
+    job = job_on(0, monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: SimpleNamespace(device=torch.device("cpu")))
+    with pytest.raises(RuntimeError, match="accelerate chose cpu where cuda was asked for"):
+        run.run_cell(job, run.blank_record(job), lambda event, **values: None)

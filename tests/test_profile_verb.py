@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from bench import profile
 from bench.cli import app
 from bench.errors import BenchError
+from bench.grid import Device
 from bench.measure.profile import Clock
 from bench.profile import FLOOR, Profile
 
@@ -93,7 +94,7 @@ def test_bad_input_is_one_line(options, expected):
 
 def test_a_step_is_as_long_as_its_phases_on_a_real_model():
     found = profile.profile(
-        "decoder_only", "swin_tiny", "scenes", None, "equal", "bdta", "64", 2, "fp32", "low", "cpu", 2,
+        "decoder_only", "swin_tiny", "scenes", None, "equal", "bdta", "64", 2, "fp32", "low", Device("cpu"), 2,
         Console(stderr=True),
     )  # fmt: skip
     own = found[0]

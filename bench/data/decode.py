@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from bench.data import derived
 from bench.data.card import Keep, TaskCard
-from bench.errors import BenchError
+from bench.errors import BenchError, first_line
 
 IGNORE = 255
 
@@ -74,7 +74,7 @@ def _read_mat(path: Path, key: str) -> np.ndarray:
     except FileNotFoundError as error:
         raise BenchError(f"missing file {path}") from error
     except Exception as error:  # a damaged file makes scipy and zlib raise all kinds of errors
-        raise BenchError(f"cannot read MATLAB file {path}: {_first_line(error)}") from error
+        raise BenchError(f"cannot read MATLAB file {path}: {first_line(error)}") from error
     if key not in held:
         names = ", ".join(name for name in held if not name.startswith("__")) or "nothing"
         raise BenchError(f"{path} has no variable {key!r}; it holds {names}")
@@ -113,7 +113,7 @@ def _parts(path: Path, card: TaskCard, size: tuple[int, int]) -> np.ndarray:
                 for part in person["parts"].flat:
                     labels[part["mask"].astype(bool)] = _part_label(str(part["part_name"].item()), label_of, path)
         except (ValueError, IndexError, TypeError) as error:
-            raise BenchError(f"{path} is not a PASCAL-Part annotation: {str(error).splitlines()[0]}") from error
+            raise BenchError(f"{path} is not a PASCAL-Part annotation: {first_line(error)}") from error
         return np.zeros((0, 0), np.uint8) if labels is None else labels
 
     labels = derived.cached([path], rule, lambda: _or_a_dot(derive()))
@@ -153,7 +153,7 @@ def _read_raster(path: Path, mode: str | None) -> np.ndarray:
     except Exception as error:  # a damaged file makes Pillow's decoders raise all kinds of errors
         if path.is_file() and path.stat().st_size == 0:
             raise BenchError(f"cannot decode image {path}: the file is empty") from error
-        reason = "no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else _first_line(error)
+        reason = "no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else first_line(error)
         raise BenchError(f"cannot decode image {path}: {reason}") from error
 
 
@@ -163,11 +163,7 @@ def _read_npy(path: Path) -> np.ndarray:
     except FileNotFoundError as error:
         raise BenchError(f"missing file {path}") from error
     except Exception as error:  # a damaged header is parsed as Python, and fails in all its ways
-        raise BenchError(f"cannot read array {path}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BenchError(f"cannot read array {path}: {first_line(error)}") from error
 
 
 def _classes(raw: np.ndarray, card: TaskCard, path: Path) -> np.ndarray:

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from bench.data.card import Card
-from bench.errors import BenchError
+from bench.errors import BenchError, first_line
 
 CHUNK = 1 << 20
 
@@ -110,7 +110,7 @@ def unpack(archive: Path, folder: Path, expected: str) -> None:
     except tarfile.FilterError as error:
         raise BenchError(f"{archive} is not unpacked, do not trust it: {error}") from error
     except (tarfile.TarError, EOFError) as error:
-        reason = str(error).splitlines()[0].rstrip(":") if str(error) else "it ends early"
+        reason = first_line(error).rstrip(":")
         raise BenchError(f"{archive} is damaged or no tar archive ({reason}); delete it and fetch it again") from error
     finally:
         with contextlib.suppress(OSError):

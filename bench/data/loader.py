@@ -24,9 +24,10 @@ Key = tuple[int, int]  # (epoch, index): what an augmented sample depends on, be
 class DenseDataset(Dataset):
     """Samples of one split at `size`; with `augment`, sample (epoch, i) depends on seed, epoch and i alone.
 
-    With `original_labels` the image alone has that size, and the labels keep their own. `skipped` ids are left out.
-    `cache` keeps decoded and resized samples (bench.data.samples). Resizing comes first, and augmentation turns and
-    zooms as if it had come last, as in the MTLoRA code family; where a recipe crops, it does come last.
+    With `original_labels` the image alone has that size, and the labels keep their own. `skipped` ids are left out;
+    `names` are ids to take whatever split, limit and skipped say. `cache` keeps decoded and resized samples
+    (bench.data.samples). Resizing comes first, and augmentation turns and zooms as if it had come last, as in the
+    MTLoRA code family; where a recipe crops, it does come last.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class DenseDataset(Dataset):
         original_labels: bool = False,
         skipped: Sequence[str] = (),
         cache: Kind = "none",
+        names: Sequence[str] | None = None,
     ) -> None:
         self.original_labels = original_labels
         self.card, self.tasks, self.size, self.root = card, tasks, size, root
-        self.names = subset.ids(card, split, root, limit, tasks, skipped)
+        self.names = subset.ids(card, split, root, limit, tasks, skipped) if names is None else list(names)
         cards.check_files(card, root, self.names, tasks)
         self.augment, self.seed = augment, seed
         crops = augment is not None and augment.crop_scale is not None

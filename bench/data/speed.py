@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from bench.data import card as cards
 from bench.data import derived
 from bench.data.card import Card
 from bench.data.loader import DenseDataset
 from bench.data.samples import Kind
+from bench.data.subset import evenly_spaced
 from bench.errors import BenchError
 from bench.recipe import Recipe
 
@@ -39,8 +41,9 @@ def compare(
         derived.folder().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=derived.folder()) as folder:  # the disk that a run would use
             os.environ["BENCH_CACHE"] = folder
+            names = evenly_spaced(cards.ids(card, "train", root), count)
             sets = {
-                kind: DenseDataset(card, "train", tasks, size, root, count, recipe.augment, cache=kind)
+                kind: DenseDataset(card, "train", tasks, size, root, augment=recipe.augment, cache=kind, names=names)
                 for kind in get_args(Kind)
             }
             seconds: dict[str, list[float]] = {kind: [] for kind in sets}

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
-from bench.errors import BenchError
+from bench.errors import BenchError, first_line
 from bench.measure.cuda_like import LikeCUDA
 from bench.measure.live import LiveBytes
 from bench.measure.profile import synthetic_batch
@@ -94,8 +94,7 @@ def estimate(
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
         raise BenchError(f"no estimate: {error.func} has no result without values") from error
     except Exception as error:  # whatever else a method does that shapes alone cannot answer
-        first = (str(error).strip() or "no message").splitlines()[0]
-        raise BenchError(f"no estimate: {type(error).__name__}: {first}") from error
+        raise BenchError(f"no estimate: {type(error).__name__}: {first_line(error)}") from error
 
 
 class _NoAccelerator:

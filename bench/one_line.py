@@ -1,0 +1,33 @@
+"""How a verb of the command line ends where something is wrong: one line on standard error, and an exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from bench.errors import BenchError
+from methods.registry import MethodError
+
+errors = Console(stderr=True, soft_wrap=True)
+
+
+def one_line_errors(verb: Callable[..., None]) -> Callable[..., None]:
+    """What the user can put right is one line and exit code 2; an interrupt is 130."""
+
+    @wraps(verb)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            verb(*args, **kwargs)
+        except KeyboardInterrupt:
+            errors.print("[yellow]interrupted[/yellow]; the same command goes on where this one stopped")
+            raise typer.Exit(130) from None
+        except (BenchError, MethodError) as error:
+            errors.print(f"[red]error:[/red] {escape(str(error))}")
+            raise typer.Exit(2) from None
+
+    return wrapped
