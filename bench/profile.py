@@ -157,7 +157,7 @@ def figures(profiles: list[Profile], reference: str | None) -> pd.DataFrame:
 def show(table: pd.DataFrame, heading: str, rounds: int, console: Console) -> None:
     base = table["reference"].iloc[0]
     out = Table(title=escape(heading), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    seconds = [c for c in table.columns if c not in ("method", "ratio", "least", "most", "reference")]
+    seconds = [c for c in table.columns if c not in ("method", "p90", "ratio", "least", "most", "reference")]
     short = {"forward": "fwd", "backward": "bwd", "optimizer": "opt"}
     for column in ("method", *(short.get(c, c) for c in seconds), "ratio", "range"):
         out.add_column(column, justify="left" if column == "method" else "right", no_wrap=column in ("method", "range"))

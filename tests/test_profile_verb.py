@@ -74,7 +74,8 @@ def test_the_verb(tmp_path):
     assert done.exit_code == 0, done.output
     assert "CPU figures" in done.output and "1.00" in done.output and FLOOR in done.output
     lines = (tmp_path / "p.csv").read_text().splitlines()
-    assert len(lines) == 4 and lines[2].startswith("bdta_mote,")
+    assert len(lines) == 4 and lines[2].startswith("bdta_mote,") and "p90" in lines[0]
+    assert "…" not in done.output  # 80 columns hold every figure
 
 
 @pytest.mark.parametrize(
