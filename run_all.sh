@@ -48,6 +48,7 @@ case "${1:-}" in
       "$python" -m bench run --suite table2 --backbone swin_tiny --precision "$precision" --device cuda --out "$out" || status=$?
     done
     "$python" -m bench run --suite table2 --backbone swin_tiny --memory low --device cuda --out "$out" || status=$?
+    "$python" -m bench run --suite table2 --methods 'ours[form=plain]' --device cuda --out "$out" || status=$?
     "$python" -m bench run --suite table2 --backbone swin_tiny --cudnn-benchmark --device cuda --out "$out" || status=$?
     "$python" -m bench report "$out"
     exit "${status:-0}"

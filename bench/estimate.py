@@ -171,7 +171,7 @@ def cells(found: pd.DataFrame) -> pd.DataFrame:
         if column in found:
             out[title] = [_number(value, GIB, 2) for value in found[column]]
     for column, title in OPERATIONS.items():
-        if column in found:
+        if column in found and LARGEST not in found:  # one question at a time: 80 columns do not hold both
             out[f"GFLOP {title}"] = [_number(value, 1e9, 0) for value in found[column]]
     if LARGEST in found:
         out["fits"] = ["–" if pd.isna(value) else "yes" if value else "no" for value in found["fits"]]
@@ -204,19 +204,31 @@ def notes(found: pd.DataFrame) -> list[str]:
 
 
 def show(found: pd.DataFrame, console: Console) -> None:
-    written = cells(found)
-    out = Table(title=escape(title(found)), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in written:
-        out.add_column(
-            column,
-            justify="left" if column in (METHOD, "backbone", "memory") else "right",
-            no_wrap=column in (METHOD, "memory"),
-        )
-    for row in written.itertuples(index=False):
-        out.add_row(*(escape(cell) for cell in row))
-    console.print(out)
+    """A table a backbone."""
+    for _, rows in found.groupby("backbone", sort=False):
+        written = cells(rows)
+        if _width(written) > console.width:
+            written = written[[column for column in written if not column.startswith("GFLOP")]]
+        out = Table(
+            title=escape(title(rows)), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
+            pad_edge=False, show_edge=False,
+        )  # fmt: skip
+        for column in written:
+            if column == METHOD:
+                out.add_column(column, overflow="fold", min_width=min(14, written[METHOD].str.len().max()))
+            else:
+                out.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
+        for row in written.itertuples(index=False):
+            out.add_row(*(escape(cell) for cell in row))
+        console.print(out)
     for note in notes(found):
         console.print(escape(note), soft_wrap=True)
+
+
+def _width(written: pd.DataFrame) -> int:
+    """Characters that the table needs at least; the methods' names and headers may be broken."""
+    needed = {c: max(map(len, [*c.split(" "), *written[c]])) for c in written}
+    return sum(needed.values()) - needed[METHOD] + min(14, needed[METHOD]) + len(needed)
 
 
 def markdown(found: pd.DataFrame) -> str:

@@ -23,7 +23,7 @@ F_pre^i projected onto d dimensions, and as F_pre^i itself with r=1.
 
 Linear maps and the mixing commute with bilinear upsampling, so eq. 9-11 run at each stage's own resolution; the
 queries of T2G are the same for all tasks and worked out once; sampled features are not kept but sampled again in
-backward. All exact, and held to the plain equations by the tests. MoTE's routing sits in the decoder between neck and
+backward. All exact, and held to the plain equations by the tests; `form=plain` runs none of them. MoTE's routing sits in the decoder between neck and
 fuse and is counted as adaptation; under `equal` the common decoder's necks, fuse and head take the places of W_t^i, W_t
 and the paper's head.
 
@@ -33,7 +33,7 @@ On a backbone without a patch-merging layer the task maps go through 2x2 average
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -52,6 +52,7 @@ class Options:
     r: int = 4
     direction: Literal["both", "g2t", "t2g"] = "both"
     mote: bool = True
+    form: Literal["fast", "plain"] = "fast"
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -109,7 +110,9 @@ class Injection(nn.Module):
 
 
 class BDTA(nn.Module):
-    """One stage of the task branch (eq. 3-8)."""
+    """One stage of the task branch (eq. 3-8). `plain`: T2G's queries are worked out for every task anew."""
+
+    plain = False
 
     def __init__(self, channels: int, tasks: Sequence[str], options: Options) -> None:
         super().__init__()
@@ -139,7 +142,7 @@ class BDTA(nn.Module):
         if self.g2t is not None:
             a = self.g2t(a, f)
         if self.t2g is not None:
-            a = a + self.t2g(f, a)
+            a = a + self.t2g(f.expand_as(a) if self.plain else f, a)
         return self.project_out(a)
 
 
@@ -206,7 +209,9 @@ class Router(nn.Module):
 
 
 class MoTE(nn.Module):
-    """Cross-task mixing of every stage's maps (eq. 10-11)."""
+    """Cross-task mixing of every stage's maps (eq. 10-11). `plain`: by blends of all experts."""
+
+    plain = False
 
     def __init__(self, channels: Sequence[int], widths: Sequence[int], tasks: Sequence[str]) -> None:
         super().__init__()
@@ -226,6 +231,10 @@ class MoTE(nn.Module):
         for stage, (gates, gamma) in enumerate(zip(self.gates(general), self.gamma, strict=True)):
             for t, task in enumerate(maps):
                 out = maps[task][stage]
+                if self.plain:
+                    blend = sum(gates[:, t, q].view(-1, 1, 1, 1) * maps[e][stage] for q, e in enumerate(maps))
+                    mixed[task].append(out + gamma[task] * blend)
+                    continue
                 for q, expert in enumerate(maps):
                     share = gates[:, t, q].view(-1, 1, 1, 1) * gamma[task]
                     out = torch.addcmul(out, share.to(out.dtype), maps[expert][stage])
@@ -269,6 +278,9 @@ def build(backbone: Backbone, tasks: Mapping[str, int], options: Options, settin
     decoder = mote_decoder(tasks, backbone.channels) if name == "mote" else DECODERS[name](tasks, backbone.channels)
     if options.mote:
         decoder.mixer = MoTE(backbone.channels, decoder.widths, list(tasks))
+    for module in (*encoder.modules(), *decoder.modules()):
+        if hasattr(module, "plain"):
+            module.plain = options.form == "plain"
     return MultiTaskModel(encoder, decoder, tasks)
 
 
@@ -288,6 +300,6 @@ register(
         citation="Yao et al., AAAI 2026",
         build=build,
         options=Options,
-        rows=_ROWS.get,
+        rows=lambda options: _ROWS.get(replace(options, form="fast")),
     )
 )

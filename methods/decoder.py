@@ -21,7 +21,12 @@ Mixer = nn.Module  # (Maps, general maps) -> Maps
 
 
 class Decoder(nn.Module):
-    """necks[task][i]: (B, H_i, W_i, C_i) -> width_i; heads[task]: four maps -> logits (B, n, H_1, W_1)."""
+    """necks[task][i]: (B, H_i, W_i, C_i) -> width_i; heads[task]: four maps -> logits (B, n, H_1, W_1).
+
+    `plain`: maps are upsampled as soon as they have passed the necks, as SegFormer does it.
+    """
+
+    plain = False
 
     def __init__(
         self,
@@ -44,6 +49,8 @@ class Decoder(nn.Module):
             if self.shared_norms is not None:
                 tokens = [norm(x) for norm, x in zip(self.shared_norms, tokens, strict=True)]
             maps[task] = [neck(x) for neck, x in zip(necks, tokens, strict=True)]
+            if self.plain:
+                maps[task] = upsampled(maps[task])
         if self.mixer is not None:
             maps = self.mixer(maps, features.general)
         return {task: head(maps[task]) for task, head in self.heads.items()}
@@ -54,8 +61,10 @@ class LinearFuse(nn.Module):
 
     Bilinear upsampling and a linear map over channels commute, so every map is multiplied with its own slice of
     the weight at its own resolution and the results are upsampled and added: the same function, without the
-    concatenated map.
+    concatenated map. `plain` makes that map.
     """
+
+    plain = False
 
     def __init__(self, widths: Sequence[int], out: int, bias: bool) -> None:
         super().__init__()
@@ -64,8 +73,10 @@ class LinearFuse(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """maps (B, H_i, W_i, width_i), finest first -> (B, out, H_1, W_1)."""
-        weights = self.linear.weight.split(self.widths, dim=1)
         size = maps[0].shape[1:3]
+        if self.plain:
+            return self.linear(torch.cat(upsampled(maps), -1)).permute(0, 3, 1, 2)
+        weights = self.linear.weight.split(self.widths, dim=1)
         fused = F.linear(maps[0], weights[0], self.linear.bias).permute(0, 3, 1, 2)
         for x, weight in zip(maps[1:], weights[1:], strict=True):
             fused = fused + resize(F.linear(x, weight).permute(0, 3, 1, 2), size)
@@ -74,6 +85,14 @@ class LinearFuse(nn.Module):
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def upsampled(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Maps (B, H_i, W_i, C_i), all at the size of the first."""
+    size = maps[0].shape[1:3]
+    return [
+        x if x.shape[1:3] == size else resize(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1) for x in maps
+    ]
 
 
 class SegFormerHead(nn.Module):

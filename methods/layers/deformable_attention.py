@@ -19,7 +19,10 @@ class DeformableAttention(nn.Module):
     """Queries (N, Hq, Wq, d) attend to a map (N', H, W, d) at `points` positions a head.
 
     Parameters: (d+1)*2*M*P offsets, (d+1)*M*P weights, (d+1)*d value, (d+1)*d output, for M heads and P points.
+    `plain`: the samples are kept for backward.
     """
+
+    plain = False
 
     def __init__(self, dim: int, heads: int, points: int = 4) -> None:
         super().__init__()
@@ -83,7 +86,11 @@ class DeformableAttention(nn.Module):
 
         maps = value.view(batch, height, width, self.heads, -1).permute(0, 3, 4, 1, 2).flatten(0, 1)
         # Positions are sampled in float32: half precision would not resolve a pixel of a large map.
-        out = sample_and_sum(maps.float(), 2 * by_head(locations) - 1, by_head(weights).float())
+        maps, grid, weights = maps.float(), 2 * by_head(locations) - 1, by_head(weights).float()
+        if self.plain:
+            out = (_samples(maps, grid) * weights.unsqueeze(1)).sum(-1)
+        else:
+            out = sample_and_sum(maps, grid, weights)
         return out.view(batch, dim, *queries).permute(0, 2, 3, 1).to(value.dtype)
 
 

@@ -318,3 +318,30 @@ def test_rank_must_divide_the_channels(build):
 def test_any_divisor_runs(build, r):
     out = build(f"ours[r={r}]", tasks={"semseg": 5}, size=(32, 32))(torch.rand(1, 3, 32, 32))
     assert out["semseg"].shape == (1, 5, 32, 32)
+
+
+@pytest.mark.parametrize("protocol", ["published", "equal"])
+@pytest.mark.parametrize("options", ["", ",direction=t2g", ",mote=off"])
+def test_the_plain_form_is_the_same_function(build, tasks, protocol, options):
+    """Outputs and gradients of the exact rewritings, with routing noise, against the form without any of them."""
+    found = []
+    image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    for form in ("fast", "plain"):
+        model = build(f"ours[form={form}{options}]", protocol=protocol)
+        torch.manual_seed(2)
+        randomise(model, 0.1)
+        model.train()
+        out = model(image)
+        sum((logits**2).mean() for logits in out.values()).backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append((out, gradients, model))
+    (fast, of_fast, fast_model), (plain, of_plain, plain_model) = found
+    flags = [[m.plain for m in model.modules() if hasattr(m, "plain")] for model in (fast_model, plain_model)]
+    assert len(flags[0]) >= 9 and not any(flags[0]) and all(flags[1])
+    assert of_fast.keys() == of_plain.keys() and of_fast
+    for mine, other in ((fast, plain), (of_fast, of_plain)):
+        scale = max(each.abs().max().item() for each in other.values())
+        for name, value in mine.items():
+            # Some are zero but for rounding: biases before a batch norm.
+            largest = max(other[name].abs().max().item(), 1e-2 * scale)
+            torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-5 * largest)
