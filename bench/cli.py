@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench import cli_data
+from bench.errors import BenchError
 from bench.one_line import errors, one_line_errors
 from bench.record import write_atomically
 
@@ -246,10 +247,16 @@ def profile(
     shared_gpu: Annotated[bool, typer.Option("--shared-gpu", help="Although another process is on the GPU.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Steps of each method that count.")] = 9,
     reference: Annotated[str | None, typer.Option(help="Ratios against this method. (default: the first)")] = None,
+    find_max_batch: Annotated[
+        bool, typer.Option("--find-max-batch", help="Instead: the largest batch of each that trains, found by trying.")
+    ] = False,
+    memory_limit: Annotated[
+        str | None, typer.Option(help="For --find-max-batch, e.g. 24GB: as on a smaller GPU; needed on a CPU.")
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="A CSV file for the figures.")] = None,
 ) -> None:
     """Seconds a batch of several methods side by side, their steps interleaved, and the ratios between them."""
-    from bench import grid
+    from bench import estimate, grid, max_batch
     from bench import profile as profiles
     from bench.measure import gpu_state
 
@@ -257,6 +264,19 @@ def profile(
     place = grid.resolve_device(device, precision)
     if place.uuid and not shared_gpu:
         gpu_state.refuse_company(place.uuid, place.name)
+    if memory_limit and not find_max_batch:
+        raise BenchError("--memory-limit goes with --find-max-batch")
+    if find_max_batch:
+        limit = estimate.parse_gpu(memory_limit, "memory-limit") if memory_limit else None
+        found = max_batch.table(
+            methods, backbone, dataset, tasks, protocol, recipe, image_size, precision, memory, place, limit,
+            Console(stderr=True),
+        )  # fmt: skip
+        if save:
+            write_atomically(save, found.to_csv(index=False))
+        heading = profiles.heading(backbone, image_size, None, precision, memory, place)
+        max_batch.show(found, heading, place, limit, console)
+        return
     found = profiles.profile(
         methods, backbone, dataset, tasks, protocol, recipe, image_size, batch_size, precision, memory, place, rounds,
         Console(stderr=True),

@@ -25,7 +25,6 @@ from bench.spec import MemoryUse, Precision, Protocol
 
 if TYPE_CHECKING:
     from bench.measure.estimate import Estimate
-    from methods.model import MultiTaskModel
     from methods.registry import Configured
 
 GIB = 2**30
@@ -116,17 +115,9 @@ def _estimate(
     batch: int,
 ) -> Estimate:
     from bench.measure.estimate import estimate
-    from methods.backbones.load import WeightSource, load_backbone
-    from methods.layers.checkpointing import checkpoint_activations
-    from methods.model import Setting
+    from bench.measure.models import random_model
 
-    def build() -> MultiTaskModel:
-        frame = load_backbone(backbone, size, WeightSource("random"))
-        model = method.try_build(frame, channels, Setting(protocol))
-        if use == "low":
-            checkpoint_activations(model)
-        return model
-
+    build = functools.partial(random_model, method, backbone, size, channels, protocol, use)
     return estimate(build, size, recipe, batch, precision, losses_together=losses_together)
 
 
@@ -136,11 +127,11 @@ def _largest(run: Callable[[int], Estimate], limit: int, batch: int) -> int:
     return largest_batch(lambda images: run(images).peak, limit, batch)
 
 
-def parse_gpu(text: str) -> int:
+def parse_gpu(text: str, option: str = "gpu") -> int:
     """`24GB` or `24` -> bytes. GPUs are sold by 2^30 bytes whatever the label says. Raises BenchError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:g|gb|gib)?", text.strip().lower())
     if not match or float(match[1]) == 0:
-        raise BenchError(f"--gpu {text!r} is no size of a memory; e.g. 24GB")
+        raise BenchError(f"--{option} {text!r} is no size of a memory; e.g. 24GB")
     return int(float(match[1]) * GIB)
 
 
@@ -228,7 +219,7 @@ def show(found: pd.DataFrame, console: Console) -> None:
 def _width(written: pd.DataFrame) -> int:
     """Characters that the table needs at least; the methods' names and headers may be broken."""
     needed = {c: max(map(len, [*c.split(" "), *written[c]])) for c in written}
-    return sum(needed.values()) - needed[METHOD] + min(14, needed[METHOD]) + len(needed)
+    return sum(needed.values()) - needed[METHOD] + min(14, needed[METHOD]) + 2 * len(needed)
 
 
 def markdown(found: pd.DataFrame) -> str:

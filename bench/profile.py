@@ -73,11 +73,10 @@ def profile(
     import torch
     from accelerate import Accelerator
 
+    from bench.measure.models import random_model
     from bench.measure.profile import CPU_CLOCK, CUDA_CLOCK, settle, synthetic_batch
     from bench.train.loop import Trainer
     from methods.backbones.load import WeightSource, full_name, load_backbone
-    from methods.layers.checkpointing import checkpoint_activations
-    from methods.model import Setting
     from methods.registry import parse
 
     mixed = precision if precision in ("bf16", "fp16") else "no"
@@ -87,10 +86,7 @@ def profile(
     trainers = {}
     for method in parse(methods):
         torch.manual_seed(0)
-        frame = load_backbone(full_name(backbone), size, WeightSource("random"))
-        model = method.try_build(frame, channels, Setting(protocol))
-        if memory == "low":
-            checkpoint_activations(model)
+        model = random_model(method, full_name(backbone), size, channels, protocol, memory)
         accelerator = Accelerator(mixed_precision=mixed, cpu=not place.name)  # a loss scale of its own
         trainers[method.expression] = Trainer(model, chosen, batch_size, rounds + 1, accelerator)
     batch = synthetic_batch(channels, size, batch_size, accelerator.device)
@@ -174,7 +170,7 @@ def show(table: pd.DataFrame, heading: str, rounds: int, console: Console) -> No
     )
 
 
-def heading(backbone: str, image_size: str, batch_size: int, precision: str, memory: str, place: Device) -> str:
+def heading(backbone: str, image_size: str, batch_size: int | None, precision: str, memory: str, place: Device) -> str:
     where = place.name or "CPU figures"
     low = ["activation checkpointing"] if memory == "low" else []
-    return " · ".join([backbone, image_size, f"batch {batch_size}", precision, *low, where])
+    return " · ".join([backbone, image_size, *([f"batch {batch_size}"] if batch_size else []), precision, *low, where])

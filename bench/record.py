@@ -103,7 +103,7 @@ class Parameters(Part):
 
 
 class Memory(Part):
-    """Peaks of a full training step, in bytes; evaluation is never in them.
+    """Peaks of a full training step, in bytes; evaluation is never in them, `evaluation` is its own.
 
     On CUDA the allocator's peaks; on a CPU only the process's resident set, which holds everything.
     """
@@ -114,6 +114,7 @@ class Memory(Part):
     weights_allocated: int | None = None
     process_peak: int | None = None
     phases: dict[str, int] = {}  # CUDA: peak allocated while the step was in each phase
+    evaluation: int | None = None  # CUDA: peak allocated by a batch's predictions, next to the trained model's state
 
 
 class Time(Part):
@@ -130,6 +131,7 @@ class Time(Part):
     batch_size: int
     phases: dict[str, list[float]] = {}
     floor: list[float] = []
+    matmul_rate: float | None = None  # operations a second of a large matrix product, in the same process and precision
 
     @property
     def median(self) -> float:
@@ -147,6 +149,7 @@ class Estimated(Part):
     holders: dict[str, int] = {}  # the ten largest at the peak
     forward: int | None = None
     backward: int | None = None
+    evaluation: int | None = None  # bytes
     reason: str = ""  # why there is none
 
 

@@ -54,7 +54,7 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
 
     from bench.data.loader import DenseDataset, steps_per_epoch, validation_batches
     from bench.data.subset import evenly_spaced
-    from bench.measure.profile import floor_seconds, measure, synthetic_batch
+    from bench.measure.profile import floor_seconds, matmul_rate, measure, synthetic_batch
     from bench.train.floor import fit_constants, score_constants
     from bench.train.loop import Trainer, evaluate, losses_by_batch, train
     from methods.backbones.base import Backbone
@@ -126,6 +126,7 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     accelerator.free_memory()
     backbone = load_backbone(spec.backbone, spec.image_size, weights)
     record.time.floor = floor_seconds(backbone, batch["image"], accelerator, recipe.measure.steps)
+    record.time.matmul_rate = matmul_rate(accelerator)
     if spec.steps == 0:
         return
     del backbone, batch
@@ -192,6 +193,7 @@ def estimated(build: Callable[[], MultiTaskModel], spec: RunSpec) -> Estimated:
         holders=dict(list(found.holders.items())[:10]),
         forward=found.forward,
         backward=found.backward,
+        evaluation=found.evaluation,
     )
 
 

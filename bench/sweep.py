@@ -121,16 +121,20 @@ def _run_one(job: Job, progress: Progress, line: TaskID) -> Record:
 
 
 def cell_environment(job: Job) -> dict[str, str]:
-    """Environment of a cell's process: this bench is the one it imports, and its GPU the only one it sees.
+    return device_environment(job.spec.device_kind == "cuda", job.device_index)
+
+
+def device_environment(cuda: bool, index: int) -> dict[str, str]:
+    """Environment of a measuring process: this bench is the one it imports, and its GPU the only one it sees.
 
     On a CPU, idle OpenMP threads sleep instead of spinning: next to any other busy program, spinning makes a step
     about eight times slower, sleeping about twice; alone on the machine it costs some 7 %.
     """
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
-    if job.spec.device_kind == "cuda":
+    if cuda:
         visible = [part.strip() for part in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
-        environment["CUDA_VISIBLE_DEVICES"] = visible[job.device_index] if visible else str(job.device_index)
+        environment["CUDA_VISIBLE_DEVICES"] = visible[index] if visible else str(index)
     else:
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return environment

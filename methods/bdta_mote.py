@@ -23,9 +23,9 @@ F_pre^i projected onto d dimensions, and as F_pre^i itself with r=1.
 
 Linear maps and the mixing commute with bilinear upsampling, so eq. 9-11 run at each stage's own resolution; the
 queries of T2G are the same for all tasks and worked out once; sampled features are not kept but sampled again in
-backward. All exact, and held to the plain equations by the tests; `form=plain` runs none of them. MoTE's routing sits in the decoder between neck and
-fuse and is counted as adaptation; under `equal` the common decoder's necks, fuse and head take the places of W_t^i, W_t
-and the paper's head.
+backward. All exact, and held to the plain equations by the tests; `form=plain` runs none of them. MoTE's routing sits
+in the decoder between neck and fuse and is counted as adaptation; under `equal` the common decoder's necks, fuse and
+head take the places of W_t^i, W_t and the paper's head.
 
 On a backbone without a patch-merging layer the task maps go through 2x2 average pooling and a trained 1x1 projection.
 """

@@ -90,9 +90,7 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 def upsampled(maps: Sequence[Tensor]) -> list[Tensor]:
     """Maps (B, H_i, W_i, C_i), all at the size of the first."""
     size = maps[0].shape[1:3]
-    return [
-        x if x.shape[1:3] == size else resize(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1) for x in maps
-    ]
+    return [x if x.shape[1:3] == size else resize(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1) for x in maps]
 
 
 class SegFormerHead(nn.Module):

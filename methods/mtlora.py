@@ -16,6 +16,9 @@ Count       Swin-T 8,344,634, S 13,105,994, B 17,758,136 at rank 64, task rank 4
 This follows the released code where the paper is open: the scale multiplies directly (not alpha / r), dropout acts on
 the shared input alone, W x is always of the shared stream, the task output leaves the shared update out ("matrix").
 Under `equal` the four stage outputs are tapped before merging and the extras stay frozen.
+
+Made cheaper than released, the same function: torch's fused attention, whose shift mask is not repeated for every image
+of the batch, and W x computed once for the shared output and all tasks (tests/methods/test_swin.py, test_mtlora.py).
 """
 
 from __future__ import annotations

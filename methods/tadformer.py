@@ -17,6 +17,10 @@ Filter      dynamic: one a layer, made from each sample, as in the paper (publis
 Extras, taps and decoder are MTLoRA's, but for the merging linears, which stay frozen. The norm of LN(m_t + f) is
 allocated in every block and used in the last ones alone, as released and counted.
 Count       dynamic Swin-T 7,379,262, B 15,812,796, static S 11,717,454: exact.
+
+Made cheaper than released, the same function: torch's fused attention for all tokens, the prompts' raw logits apart and
+in a stage's last block alone; a filter is nine shifted products instead of a convolution in as many groups as samples
+times channels.
 """
 
 from __future__ import annotations

@@ -97,6 +97,7 @@ def test_an_estimate_is_the_live_bytes_of_a_real_step(method, build, tasks):
     for phase in PHASES:
         assert guess.phases[phase] == pytest.approx(real.phases[phase], rel=0.02), phase
     assert guess.forward == real.forward > 0 and guess.backward == real.backward > 0
+    assert guess.evaluation == pytest.approx(real.evaluation, rel=0.02) and 0 < real.evaluation <= real.peak
 
 
 @pytest.mark.parametrize("method", ["ours", "mtlora", "tadformer", "ditask", "adapter", "multi_task_full"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from bench.measure import profile
 from bench.recipe import Measure
@@ -101,3 +103,18 @@ def test_a_synthetic_labels_loss_is_finite_and_above_zero(task):
 def test_synthetic_batches_are_the_same_every_time():
     one, other = (profile.synthetic_batch(CHANNELS, (16, 16), 2, CPU) for _ in range(2))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_rate_of_a_matrix_product_is_operations_over_the_fastest_repeat(monkeypatch):
+    """Repeats of 4, 2 and 8 seconds after a first one that does not count: 2 n^3 operations in 2 seconds."""
+    moments = iter([0, 1, 10, 14, 20, 22, 30, 38])
+    monkeypatch.setattr(profile, "CPU_CLOCK", replace(profile.CPU_CLOCK, now=lambda: next(moments)))
+    assert profile.matmul_rate(Accelerator(cpu=True), repeats=3) == 2 * 1024**3 / 2
+
+
+def test_predictions_leave_the_model_training_and_keep_no_graph(build):
+    model = build("decoder_only")
+    seen = []
+    model.register_forward_hook(lambda m, inputs, out: seen.append((m.training, out["semseg"].requires_grad)))
+    profile.predict(SimpleNamespace(model=model.train()), {"image": torch.rand(1, 3, 64, 64)})
+    assert seen == [(False, False)] and model.training

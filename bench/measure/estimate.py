@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import (
 from bench.errors import BenchError, first_line
 from bench.measure.cuda_like import LikeCUDA
 from bench.measure.live import LiveBytes
-from bench.measure.profile import synthetic_batch
+from bench.measure.profile import predict, synthetic_batch
 from bench.recipe import Recipe
 from bench.spec import Precision
 from bench.train.loop import PHASES, Trainer
@@ -42,6 +42,7 @@ class Estimate:
     phases    peak while the step was in each of PHASES
     holders   who held the bytes of the highest peak, the most first: a module's path, "weights" for parameters,
               buffers and the batch, "" for what is made outside the model (losses, gradients, optimizer)
+    evaluation          peak while the predictions of a batch are made, next to what training keeps
     forward, backward   floating-point operations (a multiply-add is two); losses and optimizer have none that count
     """
 
@@ -52,6 +53,7 @@ class Estimate:
     phases: dict[str, int]
     forward: int
     backward: int
+    evaluation: int = 0
     holders: dict[str, int] = field(default_factory=dict)
 
 
@@ -124,15 +126,20 @@ def step_bytes(trainer: Trainer, batch: Mapping[str, Tensor], live: LiveBytes) -
         trainer.step(batch, 0)
         live.restart()
         trainer.step(batch, 1)
+        step, holders = (live.peak, dict(live.peaks), live.flops), dict(live.holders.most_common())
+        live.restart()
+        predict(trainer, batch)
+    peak, peaks, flops = step
     return Estimate(
         batch_size=batch["image"].shape[0],
         trainable=model.ledger().trainable,
         weights=weights,
-        peak=live.peak,
-        phases={phase: live.peaks[phase] for phase in PHASES},
-        forward=live.flops["forward"],
-        backward=live.flops["backward"],
-        holders=dict(live.holders.most_common()),
+        peak=peak,
+        phases={phase: peaks[phase] for phase in PHASES},
+        forward=flops["forward"],
+        backward=flops["backward"],
+        evaluation=live.peak,
+        holders=holders,
     )
 
 

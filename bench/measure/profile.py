@@ -121,6 +121,32 @@ def floor_seconds(backbone: nn.Module, image: Tensor, accelerator: Accelerator, 
     return [clock.between(start, end) for start, end in marks[2:]]
 
 
+def predict(trainer: Trainer, batch: Mapping[str, Tensor]) -> None:
+    """A batch as evaluation runs it; the optimizer's state and the last gradients are still there."""
+    trainer.model.eval()
+    with torch.no_grad():
+        trainer.model(batch["image"])
+    trainer.model.train()
+
+
+def matmul_rate(accelerator: Accelerator, repeats: int = 5) -> float:
+    """Operations a second of a large matrix product in the precision of the run: what the device can reach."""
+    device = accelerator.device
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.rand(side, side, device=device) for _ in range(2))
+    clock = CUDA_CLOCK if device.type == "cuda" else CPU_CLOCK
+    marks = []
+    with torch.no_grad(), accelerator.autocast():
+        if torch.is_autocast_enabled(device.type):  # the casts are no part of it
+            a, b = (x.to(torch.get_autocast_dtype(device.type)) for x in (a, b))
+        for _ in range(repeats + 1):
+            start = clock.now()
+            a @ b
+            marks.append((start, clock.now()))
+    clock.wait()
+    return 2 * side**3 / min(clock.between(start, end) for start, end in marks[1:])
+
+
 def _cuda_memory(trainer: Trainer, batch: Mapping[str, Tensor]) -> Memory:
     """Peaks of two steps after one that has made the optimizer allocate its moments."""
     torch.cuda.synchronize()
@@ -141,12 +167,16 @@ def _cuda_memory(trainer: Trainer, batch: Mapping[str, Tensor]) -> Memory:
         trainer.step(batch, step)
     enter("")
     trainer.phase = lambda name: None
+    reserved = torch.cuda.memory_reserved()  # nothing is given back between the steps
+    predict(trainer, batch)
     torch.cuda.synchronize()
+    evaluation = torch.cuda.max_memory_allocated()
     return Memory(
         device="cuda",
+        evaluation=evaluation,
         weights_allocated=weights,
         peak_allocated=max(peaks.values()),
-        peak_reserved=torch.cuda.memory_reserved(),  # nothing is given back between the steps
+        peak_reserved=reserved,
         process_peak=resident_peak(),
         phases={phase: peaks[phase] for phase in PHASES},
     )

@@ -20,6 +20,8 @@ from bench.report.sheets import MISSING
 from bench.report.tables import GIB
 from bench.tasks import TASKS
 
+ESTIMATED = {"peak", "weights", "phases", "evaluation"}
+
 
 def show(name: str, folder: Path, console: Console) -> None:
     """Print one record: `name` is a JSON file, or the beginning of a record's hash under `folder`."""
@@ -77,7 +79,7 @@ def _sections(record: Record) -> dict[str, dict[str, Any]]:
         },
         "Estimated for a CUDA GPU, GiB": {
             key: f"{value / GIB:.3f}"
-            for key, value in _flat(record.estimate.model_dump(include={"peak", "weights", "phases"})).items()
+            for key, value in _flat(record.estimate.model_dump(include=ESTIMATED)).items()
         } if record.estimate and record.estimate.peak else {},
         "Operations, 1e9 a step": {
             "forward": f"{record.estimate.forward / 1e9:.1f}", "backward": f"{record.estimate.backward / 1e9:.1f}",
@@ -86,6 +88,7 @@ def _sections(record: Record) -> dict[str, dict[str, Any]]:
             "device": time.device, "median": f"{seconds.median():.4f}", "p90": f"{seconds.quantile(0.9):.4f}",
             **{phase: f"{pd.Series(samples).median():.4f}" for phase, samples in time.phases.items()},
             **({"frozen backbone alone": f"{pd.Series(time.floor).median():.4f}"} if time.floor else {}),
+            **_achieved(record),
             "steps": f"{len(seconds)} after {time.warmup} of warm-up", "batch size": time.batch_size,
         } if time else {},
         "Found before training": {
@@ -94,6 +97,15 @@ def _sections(record: Record) -> dict[str, dict[str, Any]]:
         },
         "Metrics": metrics,
     }  # fmt: skip
+
+
+def _achieved(record: Record) -> dict[str, str]:
+    """Operations a second of a step, as a share of what a large matrix product reaches on the same device."""
+    time, operations = record.time, record.estimate
+    if not time or not time.matmul_rate or not operations or operations.forward is None:
+        return {}
+    share = (operations.forward + operations.backward) / time.median / time.matmul_rate
+    return {"rate": f"{share:.0%} of a large matrix product's {time.matmul_rate / 1e12:.3g} TFLOP/s"}
 
 
 def _rounded(value: Any) -> Any:

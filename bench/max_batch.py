@@ -1,0 +1,150 @@
+"""`bench profile --find-max-batch`: the largest batch that trains, found by trying, each try in a fresh process."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, get_args
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn
+from rich.table import Table
+
+from bench import recipe as recipes
+from bench.data import card as cards
+from bench.errors import BenchError
+from bench.grid import Device, one_of, parse_size
+from bench.spec import MemoryUse, Precision, Protocol
+from bench.sweep import device_environment
+
+if TYPE_CHECKING:
+    from bench.measure.probe import Answer, Request
+
+GIB = 2**30
+MOST = 4096  # images; nobody trains with more
+
+
+def largest(fits: Callable[[int], bool], most: int = MOST) -> int:
+    """The largest n up to `most` with fits(n), 0 where one does not; by doubling, then halving the gap."""
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def table(
+    methods: str,
+    backbone: str,
+    dataset: str,
+    tasks: str | None,
+    protocol: str,
+    recipe: str,
+    image_size: str,
+    precision: str,
+    memory: str,
+    place: Device,
+    limit: int | None,
+    console: Console,
+) -> pd.DataFrame:
+    """A row a method: the largest batch, its peak in bytes and seconds a step, or the reason why there is none.
+
+    Raises BenchError or MethodError.
+    """
+    one_of("protocol", protocol, get_args(Protocol))
+    one_of("precision", precision, get_args(Precision))
+    one_of("memory", memory, get_args(MemoryUse))
+    if not place.name and limit is None:
+        raise BenchError("--find-max-batch on a CPU needs --memory-limit, e.g. 8GB: a machine that swaps never refuses")
+    if not place.name and not sys.platform.startswith("linux"):
+        raise BenchError("--memory-limit on a CPU needs Linux, whose kernel enforces it; use a GPU")
+    card, chosen = cards.load(dataset), recipes.load(recipe)
+    channels = card.channels(cards.choose_tasks(card, tasks))
+
+    from bench.measure.probe import Request
+    from methods.backbones.load import full_name
+    from methods.registry import parse
+
+    rows = []
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=console, transient=True) as progress:
+        line = progress.add_task("")
+        for method in parse(methods):
+            answers: dict[int, Answer] = {}
+
+            def fits(batch: int, expression: str = method.expression, answers: dict[int, Answer] = answers) -> bool:
+                progress.update(line, description=escape(f"{expression}: a batch of {batch}"))
+                request = Request(
+                    method=expression, backbone=full_name(backbone), image_size=parse_size(image_size),
+                    channels=channels, protocol=protocol, memory=memory, precision=precision, recipe=chosen,
+                    batch_size=batch, cuda=bool(place.name), limit=limit,
+                )  # fmt: skip
+                answers[batch] = _ask(request, place)
+                return answers[batch].fits
+
+            row = {"method": method.expression, "tries": 0}
+            try:
+                best = largest(fits)
+                row |= {"batch": best, "tries": len(answers)}
+                row |= {"peak": answers[best].peak, "seconds": answers[best].seconds} if best else {}
+                row |= {"images a second": best / answers[best].seconds} if best else {}
+            except BenchError as error:
+                row |= {"reason": str(error)}
+            rows.append(row)
+    columns = ["method", "batch", "peak", "seconds", "images a second", "tries", "reason"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _ask(request: Request, place: Device) -> Answer:
+    """Raises BenchError for a failure that is not one of memory."""
+    from bench.measure.probe import Answer
+
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.measure.probe"],
+        input=request.model_dump_json(),
+        capture_output=True,
+        text=True,
+        env=device_environment(bool(place.name), place.index),
+    )
+    if done.returncode == -signal.SIGKILL:  # so the system kills when memory runs out
+        return Answer(fits=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise BenchError(f"a batch of {request.batch_size} ended with code {done.returncode}: {last}")
+    answer = Answer.model_validate_json(done.stdout)
+    if answer.error:
+        raise BenchError(f"a batch of {request.batch_size}: {answer.error}")
+    return answer
+
+
+def show(found: pd.DataFrame, heading: str, place: Device, limit: int | None, console: Console) -> None:
+    out = Table(title=escape(heading), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    out.add_column("method", overflow="fold")
+    for column in ("largest batch", "peak GiB", "s/batch", "images/s"):
+        out.add_column(column, justify="right")
+    for row in found.to_dict("records"):
+        cells = [
+            "–" if pd.isna(value) else f"{value / unit:.{digits}f}"
+            for value, unit, digits in (
+                (row["batch"], 1, 0), (row["peak"], GIB, 2), (row["seconds"], 1, 3), (row["images a second"], 1, 1)
+            )
+        ]  # fmt: skip
+        out.add_row(escape(row["method"]), *cells)
+    console.print(out)
+    what = f"allocated on {place.name}" if place.name else "resident, of the whole process on a CPU"
+    bound = f" within {limit / GIB:g} GiB" if limit else ""
+    console.print(
+        f"The largest batch of which two training steps ran{bound}, each try in a fresh process. Peak: {what}; time: "
+        "of the last step, a single sample. Random weights, synthetic batch.",
+        soft_wrap=True,
+    )
+    for row in found.to_dict("records"):
+        if pd.notna(row["reason"]):
+            console.print(escape(f"{row['method']}: {row['reason']}"), soft_wrap=True)
