@@ -159,6 +159,27 @@ def report(
 
 @app.command()
 @one_line_errors
+def audit(
+    everything: Annotated[bool, typer.Option("--all", help="What agrees too.")] = False,
+    counts: Annotated[
+        bool, typer.Option("--counts/--no-counts", help="Hold #TP to our own counts too (half a minute).")
+    ] = True,
+    json: Annotated[bool, typer.Option("--json", help="Every check as JSON.")] = False,
+) -> None:
+    """Recompute what the papers print, and print each disagreement with both values."""
+    from bench.report import audit
+
+    with Console(stderr=True).status("reading") as status:
+        pairs, count = audit.counting(lambda what: status.update(f"counting {escape(what)}")) if counts else ([], None)
+        found = audit.findings(count) + (audit.own_counts(pairs, count) if count else [])
+    if json:
+        print(audit.as_json(found))
+    else:
+        audit.show(found, everything, Console())
+
+
+@app.command()
+@one_line_errors
 def show(
     record: Annotated[str, typer.Argument(help="A record's path, or the first digits of its hash.")],
     folder: Annotated[Path, typer.Option("--folder", help="Where to look for a hash.")] = Path("runs"),

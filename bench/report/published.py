@@ -1,10 +1,8 @@
 """The papers' printed tables as data, and which of their rows stand beside a measured one.
 
-A CSV row holds what the paper prints, and nothing recomputed. Delta-m by equation 13 from a row's own four metrics
-agrees with the printed figure to 0.15 points, with these exceptions (printed, recomputed):
-BDTA+MoTE Table 5     full model +8.70, +7.84; its metrics differ from the same model's row in Tables 1, 3 and 4
-VMT-Adapter Table 2   Shared Relative bias -9.56, -7.08; Shared Adapter -0.64, -1.83
-VMT-Adapter Table 3   rho=8 +3.02, +2.79; Lite m=6 +0.61, +0.40; and 4.56 M parameters for rho=2, whose parts make 4.76
+A CSV row holds what the paper prints, and nothing recomputed; `bench audit` recomputes what can be and prints the
+disagreements. `*_table*.csv` are rows of tables, `vmt_formulas.csv` is Table 1 of the VMT-Adapter paper, and
+`claims.csv` what the texts say of the tables.
 """
 
 from __future__ import annotations
@@ -21,8 +19,8 @@ from bench import resources
 from bench.errors import BenchError
 
 TASKS = ("semseg", "human_parts", "saliency", "normals")  # percent, percent, percent, degrees
-TEXT = ("source", "row", "family", "backbone", "pretraining", "dataset", "decoder")
-NUMBERS = ("table", *TASKS, "delta_m", "tp_m", "memory_gb", "seconds_per_batch")
+TEXT = ("source", "row", "family", "backbone", "pretraining", "dataset", "decoder", "normals_as")
+NUMBERS = ("table", *TASKS, "delta_m", "tp_m", "encoder_m", "memory_gb", "seconds_per_batch")
 MARK = "†"
 
 
@@ -30,7 +28,8 @@ def load() -> pd.DataFrame:
     """Every printed row of every table.
 
     Text columns hold "" and number columns NaN where the paper prints nothing. Units: `delta_m` percent, `tp_m`
-    million trainable parameters, `memory_gb` the paper's "GB" (it does not say whether 1e9 or 2^30 bytes).
+    million trainable parameters, `encoder_m` those of them outside the decoder, `memory_gb` the paper's "GB" (it does
+    not say whether 1e9 or 2^30 bytes). `normals_as`: the name that the paper gives the normals metric.
     """
     return _load(resources.folder("published")).copy()
 
@@ -43,7 +42,7 @@ def table(number: int, paper: str = "BDTA+MoTE") -> pd.DataFrame:
 
 @functools.cache
 def _load(folder: Path) -> pd.DataFrame:
-    paths = sorted(folder.glob("*.csv"))
+    paths = sorted(folder.glob("*_table*.csv"))
     if not paths:
         raise BenchError(f"no published tables in {folder}; restore results/published or install bench again")
     return pd.concat([_read(path) for path in paths], ignore_index=True)
@@ -56,6 +55,31 @@ def _read(path: Path) -> pd.DataFrame:
         return rows[list(TEXT)].join(rows[list(NUMBERS)].apply(pd.to_numeric))
     except (OSError, ValueError, KeyError) as error:
         raise BenchError(f"{path} is not a table of published rows: {error}") from error
+
+
+def claims() -> pd.DataFrame:
+    """What the papers' texts say: source, table, backbone, where, quote, expression, relation, printed; all as text."""
+    return _text("claims.csv")
+
+
+def formulas() -> pd.DataFrame:
+    """Parameter formulas and efficiency classes (VMT-Adapter, Table 1), with a row of Table 2 that each can be held to:
+    source, table, method, parameters, efficiency, row, rho, m; all as text."""
+    return _text("vmt_formulas.csv")
+
+
+def _text(name: str) -> pd.DataFrame:
+    path = resources.folder("published") / name
+    try:
+        return pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise BenchError(f"{path} cannot be read: {error}") from error
+
+
+def canonical(row: str) -> str:
+    """One spelling for the rows that both papers print: `Multiple LoRA` and `LoRA` are the same method."""
+    name = row.lower().removeprefix("multiple ")
+    return {"fine-tuning decoders": "decoder-only fine-tuning"}.get(name, name)
 
 
 def short_backbone(name: str) -> str:
