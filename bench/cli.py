@@ -96,6 +96,12 @@ def run(
     cache: Annotated[
         str, typer.Option(help="none, ram or disk: keep decoded and resized images and labels; changes no figure.")
     ] = "none",
+    keep_weights: Annotated[
+        bool, typer.Option("--keep-weights/--no-keep-weights", help="What was trained, beside each record.")
+    ] = True,
+    probe_gradients: Annotated[
+        int, typer.Option(min=0, help="So many times in all, compare the tasks' gradients (for `bench figure`).")
+    ] = 0,
     out: Annotated[Path, typer.Option(help="Where records go.")] = Path("runs"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Run finished cells again too.")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Run failed cells again.")] = False,
@@ -124,6 +130,8 @@ def run(
         cache,
         read=not dry_run,
         shared_gpu=shared_gpu or dry_run,
+        keep_weights=keep_weights,
+        probes=probe_gradients,
     )
     if dry_run:
         _print_cells(jobs, console)

@@ -101,6 +101,8 @@ def jobs(
     cache: str = "none",
     read: bool = True,
     shared_gpu: bool = True,
+    keep_weights: bool = True,
+    probes: int = 0,
 ) -> list[Job]:
     """Every cell, in order: backbones, then methods, then seeds. Raises BenchError or MethodError in one line.
 
@@ -168,6 +170,8 @@ def jobs(
                     device_name=place.name,
                     workers=_default_workers(place) if workers is None else workers,
                     cache=cache,
+                    keep_weights=keep_weights,
+                    probes=probes,
                 )
             )
     return cells

@@ -168,6 +168,8 @@ class Record(Part):
     per_class: dict[str, dict[str, float | None]] = {}  # task -> class name -> IoU in percent; None where absent
     floor: dict[str, dict[str, float | None]] = {}  # the same metrics of the best constant prediction
     preparation: dict[str, Any] = {}  # what the method found out from training data before it trained
+    trained_sha256: str = ""  # of the trained weights beside the record, where they were kept
+    cosines: dict[str, list[float]] = {}  # "task,task" -> cosine of their gradients on shared parameters, as probed
     loader_wait: float | None = None  # seconds the training loop waited for data, in all
     history: list[dict[str, float]] = []  # step, loss, lr, loss of each task
 

@@ -57,6 +57,7 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     from bench.measure.profile import floor_seconds, matmul_rate, measure, synthetic_batch
     from bench.train.floor import fit_constants, score_constants
     from bench.train.loop import Trainer, evaluate, losses_by_batch, train
+    from bench.train.trained import save_trained
     from methods.backbones.base import Backbone
     from methods.backbones.load import WeightSource, load_backbone
     from methods.layers.checkpointing import checkpoint_activations
@@ -155,8 +156,11 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
         job.checkpoint_path,
         job.checkpoint_seconds,
         lambda step, total, loss: emit("step", step=step, total=total, loss=loss),
+        job.probes,
     )
-    record.history, record.loader_wait = progress.history, progress.loader_wait
+    record.history, record.loader_wait, record.cosines = progress.history, progress.loader_wait, progress.cosines
+    if job.keep_weights:
+        record.trained_sha256 = save_trained(trainer.plain_model, job.trained_path)
 
     emit("phase", name="evaluate")
     val_set = samples("val", spec.limit_val, original_labels=spec.eval_size == "original")

@@ -91,6 +91,8 @@ class Job(BaseModel):
     workers: int = 0
     cache: Literal["none", "ram", "disk"] = "none"  # of decoded samples; changes no figure
     checkpoint_seconds: float = 60.0
+    keep_weights: bool = True  # what training changed, beside the record
+    probes: int = 0  # how often in all to compare the tasks' gradients
 
     @property
     def record_path(self) -> Path:
@@ -101,5 +103,14 @@ class Job(BaseModel):
         return self.record_path.with_suffix(".safetensors")
 
     @property
+    def trained_path(self) -> Path:
+        return trained_weights(self.record_path)
+
+    @property
     def log_path(self) -> Path:
         return self.record_path.with_suffix(".log")
+
+
+def trained_weights(record: Path) -> Path:
+    """Where the trained part of a record's model lies."""
+    return record.with_suffix(".trained.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -152,6 +153,29 @@ def losses_by_batch(trainer: Trainer, dataset: DenseDataset, batch_size: int) ->
         trainer.model.train()
 
 
+def gradient_cosines(trainer: Trainer, batch: Mapping[str, Tensor]) -> dict[tuple[str, str], float]:
+    """Cosine of every two tasks' gradients on the parameters that tasks share (VMT-Adapter, eq. 8); empty where they
+    share none. In evaluation mode: neither weights, running statistics nor random numbers change."""
+    model = trainer.plain_model
+    owners = model.owners()
+    shared = [p for name, p in model.named_parameters() if p.requires_grad and owners[name] is None]
+    if not shared:
+        return {}
+    trainer.model.eval()
+    outputs = trainer.model(batch["image"])
+    flat = {}
+    for task, out in outputs.items():
+        found = torch.autograd.grad(LOSSES[task](out, batch[task]), shared, retain_graph=True, allow_unused=True)
+        flat[task] = torch.cat(
+            [(torch.zeros_like(p) if g is None else g).flatten().double() for g, p in zip(found, shared, strict=True)]
+        )
+    trainer.model.train()
+    return {
+        (a, b): nn.functional.cosine_similarity(flat[a], flat[b], dim=0).item()
+        for a, b in itertools.combinations(flat, 2)
+    }
+
+
 @dataclass
 class Progress:
     """What a training run has to show so far; part of its checkpoint."""
@@ -159,6 +183,7 @@ class Progress:
     step: int = 0
     loader_wait: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
+    cosines: dict[str, list[float]] = field(default_factory=dict)  # "task,task" -> one a probe
 
 
 def train(
@@ -169,8 +194,10 @@ def train(
     checkpoint: Path,
     checkpoint_seconds: float,
     report: Callable[[int, int, float], None],
+    probes: int = 0,
 ) -> Progress:
-    """Train from the last checkpoint, if there is one, to the end. `report(step, total, loss)` is called as it goes.
+    """Train from the last checkpoint, if there is one, to the end. `report(step, total, loss)` is called as it goes;
+    `probes` times, evenly spread, the tasks' gradients are compared.
 
     An interrupt leaves a checkpoint of the last whole step behind. Raises DivergedError.
     """
@@ -186,6 +213,9 @@ def train(
             batch = to_device(next(batches), trainer.accelerator.device)
             waited = time.monotonic() - started
             with uninterrupted():
+                if probes and progress.step % max(1, total // probes) == 0:
+                    for pair, value in gradient_cosines(trainer, batch).items():
+                        progress.cosines.setdefault(",".join(pair), []).append(value)
                 losses = trainer.step(batch, progress.step)
                 progress.step, progress.loader_wait = progress.step + 1, progress.loader_wait + waited
                 if progress.step % CHECK_EVERY == 0:
@@ -285,6 +315,7 @@ def save_checkpoint(path: Path, trainer: Trainer, progress: Progress) -> None:
     if trainer.accelerator.device.type == "cuda":
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
     about = {"step": progress.step, "loader_wait": progress.loader_wait, "history": progress.history}
+    about["cosines"] = progress.cosines
     if trainer.accelerator.scaler is not None:
         about["scaler"] = trainer.accelerator.scaler.state_dict()
     temporary = path.with_suffix(".partial")
@@ -316,7 +347,7 @@ def load_checkpoint(path: Path, trainer: Trainer) -> Progress:
             torch.cuda.set_rng_state(tensors["rng/cuda"])
         if trainer.accelerator.scaler is not None and "scaler" in about:
             trainer.accelerator.scaler.load_state_dict(about["scaler"])
-        return Progress(about["step"], about["loader_wait"], about["history"])
+        return Progress(about["step"], about["loader_wait"], about["history"], about.get("cosines", {}))
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise BenchError(f"cannot resume from {path}: {error}; delete it to start this cell anew") from error
 
