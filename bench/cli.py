@@ -14,7 +14,7 @@ from rich.table import Table
 from bench import cli_data
 from bench.errors import BenchError
 from bench.one_line import errors, one_line_errors
-from bench.record import write_atomically
+from bench.record import REPORT, write_atomically
 
 app = typer.Typer(
     help="Compare PEFT methods for multi-task dense vision: parameters, memory, time and accuracy.",
@@ -157,12 +157,28 @@ def report(
     reference: Annotated[
         str | None, typer.Option(help="Delta-m against this method, not the single-task baseline.")
     ] = None,
-    save: Annotated[Path | None, typer.Option(help="Where to write markdown and CSV. (default: FOLDER/report)")] = None,
+    table: Annotated[
+        str | None,
+        typer.Option(help="A paper's table, bdta/1 to 5 or vmt/1 to 3: measured beside printed."),
+    ] = None,
+    mix: Annotated[
+        bool, typer.Option("--mix", help="Put records of different settings into one table; each row says which.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the tables as JSON and nothing else.")] = False,
+    save: Annotated[
+        Path | None, typer.Option(help="Where to write markdown, LaTeX, JSON and CSV. (default: FOLDER/report)")
+    ] = None,
 ) -> None:
-    """Tables 1 and 2 from records, beside the published figures; also as markdown and CSV."""
-    from bench.report import render
+    """Tables 1 and 2 from records, beside the published figures; also as markdown, LaTeX, JSON and CSV."""
+    from bench.report import papers, render
 
-    render.report(folder, save, reference, Console())
+    if table:
+        papers.report(table, folder, save, Console(), json)
+        return
+    out = save or folder / "report"
+    render.report(folder, out, reference, Console(quiet=True) if json else Console(), mix)
+    if json:
+        print((out / REPORT).read_text(encoding="utf-8"), end="")
 
 
 @app.command()

@@ -19,6 +19,7 @@ from bench.errors import BenchError
 from bench.spec import RunSpec
 
 SCHEMA = 1
+REPORT = "report.json"  # what `bench report` writes among the records is none
 Status = Literal["ok", "out_of_memory", "diverged", "failed", "interrupted"]
 
 
@@ -231,6 +232,8 @@ class Found:
 def scan(folder: Path) -> Iterator[Found | BenchError]:
     """Every record under `folder`, in path order; an unreadable file is yielded as its error, never fatal."""
     for path in sorted(folder.rglob("*.json")):
+        if path.name == REPORT:
+            continue
         try:
             yield Found(path, read(path))
         except BenchError as error:

@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Group:
     slug: str
     marks: tuple[str, ...]
     found: tuple[Found, ...]
+    variants: Mapping[str, str] = field(default_factory=dict)  # of mixed records: identity of the setting -> in words
 
     @property
     def spec(self) -> RunSpec:
@@ -64,10 +65,69 @@ class Group:
 
     def methods(self) -> list[list[Record]]:
         """The records of each method (its seeds), by family and then title."""
-        by_method: dict[str, list[Record]] = {}
+        by_method: dict[tuple[str, str], list[Record]] = {}
         for item in self.found:
-            by_method.setdefault(item.record.spec.method, []).append(item.record)
+            by_method.setdefault((item.record.spec.method, self.variant(item.record)), []).append(item.record)
         return sorted(by_method.values(), key=lambda records: _order(records[0]))
+
+    def variant(self, record: Record) -> str:
+        """What sets the record's setting apart from others in a mixed group, in words; "" elsewhere."""
+        return self.variants.get(json.dumps(_whole(record), sort_keys=True), "") if self.variants else ""
+
+
+def _whole(record: Record) -> dict[str, Any]:
+    """Setting, device and weights of a record, flat: `recipe.optimizer.lr` and the like."""
+    device, weights = _place(record)
+    return _flat(record.spec.setting() | {"device_used": device or record.spec.device, "weights_used": weights})
+
+
+def _flat(setting: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in setting.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+COVERED = {"device": "device_used", "weights": "weights_used"}  # what was asked for, told by what was used
+
+
+def differences(one: Group, other: Group) -> list[str]:
+    """What keeps two groups apart, in words, this one's value first."""
+    mine, theirs = _flat(one.key), _flat(other.key)
+    keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+    told = [key for key in keys if COVERED.get(key) not in keys]
+    return [f"{key} {_short(mine.get(key))}, not {_short(theirs.get(key))}" for key in told]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return "x".join(map(str, value)) if all(isinstance(v, int) for v in value) else ", ".join(map(str, value))
+    return "none" if value is None else str(value)
+
+
+def mixed(found: Iterable[Found]) -> list[Group]:
+    """One group for all records of the same tasks and kind of device, whatever else sets them apart: each row then says
+    how its setting differs from the others'."""
+    buckets: dict[tuple, list[Found]] = {}
+    for item in found:
+        buckets.setdefault((item.record.spec.tasks, item.record.spec.device_kind), []).append(item)
+    made = []
+    for (tasks, kind), items in buckets.items():
+        settings = {json.dumps(setting, sort_keys=True): setting for setting in (_whole(i.record) for i in items)}
+        keys = sorted({key for setting in settings.values() for key in setting})
+        varying = [key for key in keys if len({json.dumps(s.get(key)) for s in settings.values()}) > 1]
+        told = [key for key in varying if COVERED.get(key) not in varying]
+        variants = {
+            identity: ", ".join(f"{key.rpartition('.')[2]} {_short(setting.get(key))}" for key in told)
+            for identity, setting in settings.items()
+        }
+        apart = groups(items)
+        marks = [f"MIXED, NOT COMPARABLE: rows differ in {', '.join(varying)}"] if varying else []
+        marks += dict.fromkeys(mark for group in apart for mark in group.marks)
+        title = " · ".join([f"{len(apart)} settings mixed", ", ".join(tasks), kind]) if varying else apart[0].title
+        kept = tuple(item for group in apart for item in group.found)
+        made.append(Group(apart[0].key, title, f"mixed-{kind}-{len(tasks)}", tuple(marks), kept, variants))
+    return made
 
 
 def _order(record: Record) -> tuple[int, str, str]:

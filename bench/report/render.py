@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.record import write_atomically
-from bench.report import published, tables
-from bench.report.groups import Group, collect, groups
+from bench.record import REPORT, write_atomically
+from bench.report import latex, published, tables
+from bench.report.groups import Group, collect, differences, groups, mixed
 from bench.report.sheets import MISSING, Cell, Sheet, accuracy_sheet, efficiency_sheet
 
 LABEL_WIDTH = (14, 30)  # characters of the method column: at least, and what is granted before figures are stacked
@@ -68,20 +69,26 @@ def _rich_table(sheet: Sheet, columns: Sequence[int], between: str) -> Table:
             table.add_row(Text(title, style="italic"))
             heading = title
         cells = [line.cells[0], *(line.cells[1 + column] for column in columns)]
-        texts = [Text(_joined(cell, between), style="bold" if cell.bold else "") for cell in cells]
+        texts = [
+            Text(_joined(cell, between), style="bold" if cell.bold else "underline" if cell.second else "")
+            for cell in cells
+        ]
         table.add_row(*texts, style="dim" if line.printed else "")
     return table
 
 
 def markdown_table(sheet: Sheet) -> str:
-    """A GitHub table: the best values bold, printed rows in italics."""
+    """A GitHub table: the best values bold, the second best underlined, printed rows in italics."""
     head = [sheet.headers[0], "Family", *sheet.headers[1:]]
     rows = [head, ["---", "---", *["---:"] * len(sheet.headers[1:])]]
     for line in sheet.lines:
         texts = [_escaped(_joined(cell, " ")) for cell in line.cells]
         if line.printed:
             texts = [text if text == MISSING else f"*{text}*" for text in texts]
-        texts = [f"**{text}**" if cell.bold else text for text, cell in zip(texts, line.cells, strict=True)]
+        marks = {(True, False): "**{}**", (False, True): "<ins>{}</ins>"}
+        texts = [
+            marks.get((cell.bold, cell.second), "{}").format(text) for text, cell in zip(texts, line.cells, strict=True)
+        ]
         rows.append([texts[0], line.family, *texts[1:]])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -101,21 +108,28 @@ def _bullets(texts: Sequence[str]) -> str:
     return "\n".join(f"- {_escaped(text)}" for text in texts)
 
 
-def report(folder: Path, out: Path | None, reference: str | None, console: Console) -> None:
-    """Print both tables of every group of records under `folder`; write report.md and a CSV file a table.
+def report(folder: Path, out: Path | None, reference: str | None, console: Console, mix: bool = False) -> None:
+    """Print both tables of every group of records under `folder`; write report.md, report.tex, report.json and a CSV
+    file a table.
 
-    `out` is folder/report where None. Raises BenchError where there is no record, or none of `reference`.
+    `out` is folder/report where None; with `mix` records that do not belong together share a table, each row saying how
+    it differs. Raises BenchError where there is no record, or none of `reference`.
     """
     found, problems = collect(folder)
-    all_groups = groups(found)
+    all_groups = mixed(found) if mix else groups(found)
     if reference is not None:
         tables.check_reference(all_groups, reference)
     out = folder / "report" if out is None else out
     parts = ["# Report", f"{len(found)} records in {len(all_groups)} groups. Only records of one group are comparable."]
     files: dict[str, str] = {}
+    latex_tables, data = [], []
     for number, group in enumerate(all_groups, 1):
         say(console, f"\nGroup {number} of {len(all_groups)}: {group.title}", "bold")
         parts.append(f"## Group {number}: {_escaped(group.title)}")
+        apart = _apart(all_groups[: number - 1], group)
+        if apart:
+            say(console, apart, "dim")
+            parts.append(_escaped(apart))
         for mark in group.marks:
             say(console, f"! {mark}", "bold red")
             parts.append(f"> **{_escaped(mark)}**")
@@ -131,6 +145,11 @@ def report(folder: Path, out: Path | None, reference: str | None, console: Conso
                 say(console, note, "dim")
             parts += [f"### {_escaped(caption)}", markdown_table(sheet), _bullets(notes)]
             marks = "; ".join(group.marks)
+            latex_tables.append(
+                latex.table(sheet, f"{caption}. {group.title}", f"{name}-{number}", [*group.marks, *notes])
+            )
+            rows = json.loads(table.to_json(orient="records", force_ascii=False))
+            data.append({"table": name, "caption": caption, "setting": group.title, "marks": group.marks, "rows": rows})
             files[f"{name}-{group.slug}.csv"] = table.assign(Setting=group.title, Marks=marks).to_csv(index=False)
     if problems:
         title = f"{len(problems)} unreadable {'file' if len(problems) == 1 else 'files'} left out"
@@ -138,13 +157,26 @@ def report(folder: Path, out: Path | None, reference: str | None, console: Conso
         say(console, f"\n{title}:", "bold yellow")
         for problem in problems:
             say(console, f"  {problem}")
+    files["report.tex"] = latex.document(latex_tables)
+    files[REPORT] = json.dumps({"tables": data, "unreadable": problems}, indent=1, ensure_ascii=False) + "\n"
     files["report.md"] = "\n\n".join(parts) + "\n"
     for stale in out.glob("table[12]-*.csv"):
         if stale.name not in files:
             stale.unlink()  # of records that are no longer there
     for name, text in files.items():
         write_atomically(out / name, text)
-    say(console, f"\nwrote report.md and {len(files) - 1} CSV tables to {out}")
+    say(console, f"\nwrote report.md, report.tex, report.json and {len(files) - 3} CSV tables to {out}")
+
+
+def _apart(earlier: Sequence[Group], group: Group) -> str:
+    """Why the group is no part of the most similar one before it."""
+    if not earlier:
+        return ""
+    number, reasons = min(
+        ((n, differences(group, other)) for n, other in enumerate(earlier, 1)), key=lambda found: len(found[1])
+    )
+    more = f" and {len(reasons) - 4} more" if len(reasons) > 4 else ""
+    return f"Apart from group {number}: {'; '.join(reasons[:4])}{more}. --mix puts them into one table, marked."
 
 
 def _sheets(group: Group, reference: str | None) -> list[tuple[str, str, pd.DataFrame, Sheet]]:

@@ -23,7 +23,8 @@ RANDOM = "random weights"
 class Cell:
     text: str
     under: str = ""  # a second figure: spread, reserved memory, p90
-    bold: bool = False
+    bold: bool = False  # the best of its column
+    second: bool = False  # the second best
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,10 @@ class Letters:
         return string.ascii_lowercase[index] if index < 26 else str(index)
 
 
+def one(value: float) -> str:
+    return f"{value:.1f}"
+
+
 def two(value: float) -> str:
     return f"{value:.2f}"
 
@@ -94,9 +99,10 @@ def accuracy_sheet(group: Group, table: pd.DataFrame, against: str) -> Sheet:
         # Nothing is marked best where the weights are random: those figures rank nothing.
         better = 0 if group.random else 1 if metric.higher_is_better else -1
         plus_minus = functools.partial(lambda write, value: f"±{write(value)}", write)
-        views.append(View(header, column, write, better, tables.spread(column), plus_minus))
+        views.append(View(header, column, write, better, tables.interval(column), plus_minus))
     views += [
         _delta(),
+        View("p paired", tables.P_VALUE, lambda p: "<0.001" if p < 0.001 else f"{p:.3f}"),
         View(f"#TP M{SPACE}↓", tables.TP, two, -1),
         View("publ. #TP M", tables.TP_PRINTED, two),
         _seeds(),
@@ -131,11 +137,18 @@ def efficiency_sheet(group: Group, table: pd.DataFrame, against: str) -> Sheet:
             f"{published.MARK} published memory and time are of the authors' GPU, which the paper does not name; it "
             'prints "GB" without saying whether 1e9 or 2^30 bytes.'
         )
-    return _sheet(table, [*views, memory, time, _delta(), _seeds()], [*_notes(group, table, against), *notes])
+    if tables.MACS in table:
+        notes.append(
+            "GMAC: multiply-adds of one image's training forward (matrix products, convolutions, attention), counted "
+            "and not timed; passes: how often an image goes through a backbone."
+        )
+    work = [View(f"passes{SPACE}↓", tables.PASSES, lambda n: f"{n:.0f}"), View(f"GMAC{SPACE}↓", tables.MACS, one, -1)]
+    views = [*views, *work, memory, time, _delta(), _seeds()]
+    return _sheet(table, views, [*_notes(group, table, against), *notes])
 
 
 def _delta() -> View:
-    return View(f"Δm %{SPACE}↑", tables.DELTA, signed, 1, tables.spread(tables.DELTA), lambda v: f"±{v:.2f}")
+    return View(f"Δm %{SPACE}↑", tables.DELTA, signed, 1, tables.interval(tables.DELTA), lambda v: f"±{v:.2f}")
 
 
 def _seeds() -> View:
@@ -147,10 +160,10 @@ def _sheet(table: pd.DataFrame, views: Sequence[View], notes: Sequence[str]) -> 
     views = [view for view in views if view.key in table or not view.key]
     letters = Letters()
     rows = table.to_dict("records")
-    best = {view.key: _best(rows, view) for view in views if view.better}
+    best = {view.key: _best_two(rows, view) for view in views if view.better}
     lines = [
         Line(row[tables.FAMILY], row[tables.STATUS] == "published", [
-            Cell(_label(row, letters)), *(_cell(row, view, best.get(view.key), letters) for view in views),
+            Cell(_label(row, letters)), *(_cell(row, view, best.get(view.key, ()), letters) for view in views),
         ])
         for row in rows
     ]  # fmt: skip
@@ -158,10 +171,12 @@ def _sheet(table: pd.DataFrame, views: Sequence[View], notes: Sequence[str]) -> 
     return Sheet(["Method", *(view.header for view in views)], lines, [*lettered, *notes])
 
 
-def _best(rows: Sequence[Mapping[str, Any]], view: View) -> str | None:
-    """The best figure as written, among the good measured rows; None where there are fewer than two to compare."""
+def _best_two(rows: Sequence[Mapping[str, Any]], view: View) -> tuple[str, ...]:
+    """The best and the second best figure as written, among the good measured rows; the second only where it leaves a
+    third behind, nothing where there are fewer than two to compare."""
     values = [row[view.key] for row in rows if row[tables.STATUS] == "ok" and pd.notna(row[view.key])]
-    return view.write((max if view.better > 0 else min)(values)) if len(values) > 1 else None
+    written = list(dict.fromkeys(view.write(value) for value in sorted(values, reverse=view.better > 0)))
+    return tuple(written[: 2 if len(written) > 2 else 1]) if len(values) > 1 else ()
 
 
 def _label(row: Mapping[str, Any], letters: Letters) -> str:
@@ -174,7 +189,7 @@ def _label(row: Mapping[str, Any], letters: Letters) -> str:
     return f"{label} ({letters.mark(row[tables.NOTE])})" if row[tables.NOTE] else label
 
 
-def _cell(row: Mapping[str, Any], view: View, best: str | None, letters: Letters) -> Cell:
+def _cell(row: Mapping[str, Any], view: View, best: Sequence[str], letters: Letters) -> Cell:
     if not view.key:
         parts = [row[name] for name in (tables.TP_ADAPTATION, tables.TP_BACKBONE, tables.TP_DECODER)]
         return Cell(MISSING if any(map(pd.isna, parts)) else "+".join(two(part) if part else "0" for part in parts))
@@ -187,7 +202,8 @@ def _cell(row: Mapping[str, Any], view: View, best: str | None, letters: Letters
     text = view.write(value)
     second = row.get(view.under)
     under = view.write_under(second) if second is not None and pd.notna(second) else ""
-    return Cell(text, under, bold=text == best and row[tables.STATUS] == "ok")
+    good = row[tables.STATUS] == "ok"
+    return Cell(text, under, bold=good and text in best[:1], second=good and text in best[1:])
 
 
 def _notes(group: Group, table: pd.DataFrame, against: str) -> list[str]:
@@ -197,7 +213,11 @@ def _notes(group: Group, table: pd.DataFrame, against: str) -> list[str]:
         notes.append("Protocol published: each method has its own paper's decoder; `equal` ranks the methods alone.")
     seeds = table[tables.SEEDS].dropna()
     if (seeds > 1).any():
-        notes.append("Figures are means over the seeds; ± is the sample standard deviation.")
+        notes.append(
+            "Figures are means over the seeds; ± is half of the mean's 95 % confidence interval (Student's t)."
+        )
+    if tables.P_VALUE in table:
+        notes.append("p: two-sided paired t-test over seeds of Δm against the best other row with three; uncorrected.")
     if (seeds == 1).any():
         notes.append("Rows with 1 seed are a single run: nothing is known of their spread.")
     if (table[tables.STATUS] == "published").any():

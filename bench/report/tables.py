@@ -30,6 +30,8 @@ CPU_PROCESS, CPU_MEDIAN, CPU_P90 = (
     "CPU time, median (s/batch)",
     "CPU time, p90 (s/batch)",
 )
+PASSES, MACS = "backbone passes an image", "forward (GMAC an image)"
+P_VALUE = "p, paired over seeds, against the best other"
 MEMORY_PRINTED, TIME_PRINTED = "published memory (GB, as printed)", "published time (s/batch)"
 
 BASELINE = "single_task_full"
@@ -44,9 +46,31 @@ def headline(task: str) -> str:
     return f"{TASKS[task].title} {metric.title}{unit} {'↑' if metric.higher_is_better else '↓'}"
 
 
-def spread(column: str) -> str:
-    """Column name of the sample standard deviation over seeds of another column."""
-    return f"{column}, std"
+def interval(column: str) -> str:
+    """Column name of the half width of another column's 95 % confidence interval over seeds (Student's t)."""
+    return f"{column}, ±95 %"
+
+
+def half_width(values: pd.Series) -> float:
+    """Of the 95 % confidence interval of the mean; NaN for fewer than two values."""
+    values = values.dropna()
+    if len(values) < 2:
+        return float("nan")
+    from scipy.special import stdtrit
+
+    return float(stdtrit(len(values) - 1, 0.975) * values.std() / len(values) ** 0.5)
+
+
+def paired_p(ours: Mapping[int, float], theirs: Mapping[int, float]) -> float:
+    """Two-sided p of the paired t-test over the seeds that both have; NaN for fewer than three of them."""
+    shared = sorted(set(ours) & set(theirs))
+    differences = pd.Series([ours[seed] - theirs[seed] for seed in shared], dtype=float).dropna()
+    if len(differences) < 3 or differences.std() == 0:
+        return float("nan")
+    from scipy.special import stdtr
+
+    t = differences.mean() / (differences.std() / len(differences) ** 0.5)
+    return float(2 * stdtr(len(differences) - 1, -abs(t)))
 
 
 @dataclass(frozen=True)
@@ -118,19 +142,35 @@ def accuracy_table(group: Group, reference: str | None = None, *, strict: bool =
     """
     against = _checked(group, reference, strict)
     rows = [_floor(group)] if any(item.record.floor for item in group.found) else []
-    for records in group.methods():
-        figures = _figures(group, records)
-        deltas = [_delta(seed, against)[0] for seed in figures.to_dict("records")]
-        row = _common(group, records) | _delta_cells(figures, against) | {spread(DELTA): pd.Series(deltas).std()}
-        for task in group.spec.tasks:
-            row |= {headline(task): figures[task].mean(), spread(headline(task)): figures[task].std()}
-        rows.append(row | _parameters(group, records))
+    measured = [measured_row(group, records, against) for records in group.methods()]
+    by_seed = [_deltas_by_seed(group, records, against) for records in group.methods()]
+    for index, row in enumerate(measured):
+        # Among those with seeds enough to be compared with.
+        others = [i for i, row in enumerate(measured) if i != index and len(by_seed[i]) > 2 and pd.notna(row[DELTA])]
+        best = max(others, key=lambda i: measured[i][DELTA], default=None)
+        row[P_VALUE] = float("nan") if best is None else paired_p(by_seed[index], by_seed[best])
+    rows += measured
     families = {records[0].method.published_row: records[0].method.family for records in group.methods()}
     for printed in published.accuracy_rows(set(families), group.spec.backbone).to_dict("records"):
         metrics = {headline(task): printed[task] for task in group.spec.tasks if task in published.TASKS}
         rows.append(_printed(group, printed, families) | metrics)
-    columns = [column for task in group.spec.tasks for column in (headline(task), spread(headline(task)))]
-    return _frame(rows, [METHOD, FAMILY, *columns, DELTA, spread(DELTA), DELTA_NOTE, TP, TP_PRINTED])
+    columns = [column for task in group.spec.tasks for column in (headline(task), interval(headline(task)))]
+    return _frame(rows, [METHOD, FAMILY, *columns, DELTA, interval(DELTA), DELTA_NOTE, P_VALUE, TP, TP_PRINTED])
+
+
+def measured_row(group: Group, records: Sequence[Record], against: Baseline) -> dict[str, Any]:
+    """What a method's records say of accuracy and parameters: means over seeds and their 95 % intervals."""
+    figures = _figures(group, records)
+    deltas = pd.Series(_deltas_by_seed(group, records, against), dtype=float)
+    row = _common(group, records) | _delta_cells(figures, against) | {interval(DELTA): half_width(deltas)}
+    for task in group.spec.tasks:
+        row |= {headline(task): figures[task].mean(), interval(headline(task)): half_width(figures[task])}
+    return row | _parameters(group, records)
+
+
+def _deltas_by_seed(group: Group, records: Sequence[Record], against: Baseline) -> dict[int, float]:
+    figures = _figures(group, records)
+    return {seed: _delta(row, against)[0] for seed, row in zip(figures.index, figures.to_dict("records"), strict=True)}
 
 
 def _floor(group: Group) -> dict[str, Any]:
@@ -150,7 +190,7 @@ def efficiency_table(group: Group, reference: str | None = None, *, strict: bool
     rows = [
         _common(group, records)
         | _parameters(group, records)
-        | _footprint(group, _counted(records))
+        | cost_row(group, records)
         | _delta_cells(_figures(group, records), against)
         for records in group.methods()
     ]
@@ -158,7 +198,7 @@ def efficiency_table(group: Group, reference: str | None = None, *, strict: bool
     for printed in published.efficiency_rows(set(families), group.spec.backbone).to_dict("records"):
         cost = {MEMORY_PRINTED: printed["memory_gb"], TIME_PRINTED: printed["seconds_per_batch"]}
         rows.append(_printed(group, printed, families) | cost)
-    columns = (*_footprint(group, []), MEMORY_PRINTED, TIME_PRINTED)
+    columns = (PASSES, MACS, *_footprint(group, []), MEMORY_PRINTED, TIME_PRINTED)
     return _frame(rows, [METHOD, FAMILY, TP, *_SPLIT, TP_PRINTED, *columns, DELTA, DELTA_NOTE])
 
 
@@ -172,11 +212,12 @@ def _checked(group: Group, reference: str | None, strict: bool) -> Baseline:
 
 
 def _frame(rows: list[dict[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
-    """A table with the columns in order; those about printed figures and spread only where something is in them."""
+    """A table with the columns in order; those about printed figures and seeds only where something is in them."""
     frame = pd.DataFrame(rows, columns=[*columns, SEEDS, STATUS, NOTE, SOURCE, RECORDS])
     frame[[DELTA_NOTE, NOTE, RECORDS]] = frame[[DELTA_NOTE, NOTE, RECORDS]].fillna("")
     frame[SEEDS] = frame[SEEDS].astype("Int64")  # <NA> for printed rows, which do not say
-    optional = [c for c in frame if c in (TP_PRINTED, MEMORY_PRINTED, TIME_PRINTED) or c.endswith(spread(""))]
+    about = (TP_PRINTED, MEMORY_PRINTED, TIME_PRINTED, P_VALUE, PASSES, MACS)
+    optional = [c for c in frame if c in about or c.endswith(interval(""))]
     return frame.drop(columns=[column for column in optional if frame[column].isna().all()])
 
 
@@ -186,10 +227,11 @@ def _counted(records: Sequence[Record]) -> list[Record]:
 
 
 def _figures(group: Group, records: Sequence[Record]) -> pd.DataFrame:
-    """One row a good seed (one of NaN where there is none), one column a task: the headline figures."""
+    """One row a good seed (one of NaN where there is none), by seed, one column a task: the headline figures."""
     good = [record for record in records if record.status == "ok"]
     rows = [{t: r.metrics.get(t, {}).get(TASKS[t].headline.key) for t in group.spec.tasks} for r in good] or [{}]
-    return pd.DataFrame(rows, columns=list(group.spec.tasks), dtype=float)
+    seeds = [record.spec.seed for record in good] or [records[0].spec.seed]
+    return pd.DataFrame(rows, index=seeds, columns=list(group.spec.tasks), dtype=float)
 
 
 def _status(records: Sequence[Record]) -> str:
@@ -198,12 +240,15 @@ def _status(records: Sequence[Record]) -> str:
 
 def _common(group: Group, records: Sequence[Record]) -> dict[str, Any]:
     first = records[0].method
-    clash = sum(others[0].method.title == first.title for others in group.methods()) > 1
+    variant = group.variant(records[0])
+    same = [others for others in group.methods() if group.variant(others[0]) == variant]
+    clash = sum(others[0].method.title == first.title for others in same) > 1
+    title = f"{first.title} ({records[0].spec.method})" if clash else first.title
     failed = [record for record in records if record.status != "ok"]
     counted = [record for record in records if record.status == "ok"]
     prefix = f"{len(failed)} of {len(records)} seeds " if counted else ""
     return {
-        METHOD: f"{first.title} ({records[0].spec.method})" if clash else first.title,
+        METHOD: f"{title} · {variant}" if variant else title,
         FAMILY: first.family,
         SEEDS: len(counted),
         STATUS: _status(records),
@@ -240,6 +285,19 @@ def _parameters(group: Group, records: Sequence[Record]) -> dict[str, float]:
         TP: known.trainable / 1e6 if known else float("nan"),
         TP_PRINTED: published.parameters(row, group.spec.backbone),
     }
+
+
+def cost_row(group: Group, records: Sequence[Record]) -> dict[str, float]:
+    """Work, memory and time of a method's records."""
+    return _work(_counted(records)) | _footprint(group, _counted(records))
+
+
+def _work(records: Sequence[Record]) -> dict[str, float]:
+    """Passes of the backbone, and multiply-adds of the training forward by torch's formulas, for one image."""
+    passes = next((r.parameters.passes for r in records if r.parameters and r.parameters.passes), float("nan"))
+    forward = next((r for r in records if r.estimate and r.estimate.forward), None)
+    macs = forward.estimate.forward / 2 / forward.spec.batch_size / 1e9 if forward else float("nan")
+    return {PASSES: passes, MACS: macs}
 
 
 def _footprint(group: Group, records: Sequence[Record]) -> dict[str, float]:
