@@ -183,6 +183,29 @@ def report(
 
 @app.command()
 @one_line_errors
+def compare(
+    a: Annotated[Path, typer.Argument(help="Folder of records: how it was.")],
+    b: Annotated[Path, typer.Argument(help="Folder of records: how it is.")],
+    memory: Annotated[float, typer.Option(min=0, help="Growth in percent that counts.")] = 2,
+    time: Annotated[float, typer.Option(min=0, help="Slowdown in percent that counts.")] = 10,
+    metric: Annotated[float, typer.Option(min=0, help="Change of a metric in percent that counts.")] = 2,
+    everything: Annotated[bool, typer.Option("--all", help="What stays the same too.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Every figure as JSON.")] = False,
+) -> None:
+    """Two folders of records, cell by cell. Exit code 1 where a figure of B is worse, or a cell of A is gone."""
+    from bench.report import compare
+
+    found = compare.changes(a, b, compare.Thresholds(memory / 100, time / 100, metric / 100))
+    if json:
+        print(compare.as_json(found))
+    else:
+        compare.show(found, everything, Console())
+    if any(change.verdict in ("worse", "gone") for change in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+@one_line_errors
 def audit(
     everything: Annotated[bool, typer.Option("--all", help="What agrees too.")] = False,
     counts: Annotated[

@@ -1,0 +1,191 @@
+"""`bench compare A B`: two folders of records, cell by cell, and whether B is worse than A; a gate for CI.
+
+A figure is worse when it is so by more than a threshold and, where there are samples, by more than their noise.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bench.record import Record
+from bench.report.groups import collect
+from bench.tasks import TASKS
+
+Verdict = Literal["worse", "better", "same", "noise", "new", "gone", "other device"]
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Relative changes that count, as fractions. Parameters may not change at all."""
+
+    memory: float = 0.02
+    time: float = 0.10
+    metric: float = 0.02
+
+
+@dataclass(frozen=True)
+class Change:
+    """One figure of one cell in both folders; `change` is relative, above zero where B's figure is the larger."""
+
+    cell: str
+    figure: str
+    a: float | None
+    b: float | None
+    change: float | None
+    verdict: Verdict
+    why: str = ""
+
+
+Cells = dict[tuple[str, str], list[Record]]  # (hash, what it is) -> its seeds
+
+
+def cells(folder: Path) -> Cells:
+    found: Cells = {}
+    for item in collect(folder)[0]:
+        spec = item.record.spec
+        name = f"{spec.method} · {spec.backbone.partition('.')[0]} · {spec.dataset} · {spec.device}"
+        found.setdefault((spec.hash, name), []).append(item.record)
+    return found
+
+
+def changes(a: Path, b: Path, thresholds: Thresholds) -> list[Change]:
+    """Every figure that both folders have, and every cell that one of them lacks. Raises BenchError for a folder
+    without records."""
+    before, after = cells(a), cells(b)
+    found = []
+    for cell in dict.fromkeys([*before, *after]):
+        name = cell[1]
+        if cell not in after:
+            found.append(Change(name, "record", None, None, None, "gone", f"no record of it in {b}"))
+        elif cell not in before:
+            found.append(Change(name, "record", None, None, None, "new"))
+        else:
+            found += _compare(name, before[cell], after[cell], thresholds)
+    return found
+
+
+def _compare(name: str, before: Sequence[Record], after: Sequence[Record], thresholds: Thresholds) -> Iterator[Change]:
+    good = [[record for record in records if record.status == "ok"] for records in (before, after)]
+    if not all(good):
+        statuses = [sorted({record.status for record in records}) for records in (before, after)]
+        was, now = (", ".join(each).replace("_", " ") for each in statuses)
+        verdict: Verdict = "worse" if good[0] else "better" if good[1] else "same"
+        yield Change(name, "status", None, None, None, verdict, f"{was} -> {now}")
+        return
+    one, other = good
+    counts = [next((r.parameters.trainable for r in records if r.parameters), None) for records in (one, other)]
+    yield from _exact(name, "trainable parameters", *counts)
+    devices = [{r.provenance.device_name for r in records if r.provenance} for records in (one, other)]
+    if devices[0] != devices[1]:
+        names = [", ".join(sorted(each)) for each in devices]
+        yield Change(name, "memory, time", None, None, None, "other device", f"{names[0]} -> {names[1]}")
+    else:
+        yield from _memory(name, one, other, thresholds)
+        yield from _time(name, one, other, thresholds)
+    yield from _metrics(name, one, other, thresholds)
+
+
+def _exact(name: str, figure: str, a: int | None, b: int | None) -> Iterator[Change]:
+    if a is not None and b is not None:
+        verdict: Verdict = "same" if a == b else "worse" if b > a else "better"
+        yield Change(name, figure, a, b, b / a - 1 if a else None, verdict)
+
+
+def _memory(name: str, one: Sequence[Record], other: Sequence[Record], thresholds: Thresholds) -> Iterator[Change]:
+    for field, figure in (
+        ("peak_allocated", "peak allocated, bytes"),
+        ("process_peak", "process peak, bytes"),
+    ):
+        cuda = one[0].spec.device_kind == "cuda"
+        if cuda != (field == "peak_allocated"):
+            continue
+        peaks = [
+            max((getattr(r.memory, field) for r in records if r.memory and getattr(r.memory, field)), default=None)
+            for records in (one, other)
+        ]
+        if all(peaks):
+            # A CPU's resident peak holds imports and caches; it moves by some percent by itself.
+            threshold = thresholds.memory if cuda else max(thresholds.memory, 0.05)
+            yield _relative(name, figure, *peaks, threshold, noise=0.0, higher_is_better=False)
+
+
+def _time(name: str, one: Sequence[Record], other: Sequence[Record], thresholds: Thresholds) -> Iterator[Change]:
+    samples = [[s for r in records if r.time for s in r.time.samples] for records in (one, other)]
+    if all(samples):
+        medians = [statistics.median(each) for each in samples]
+        yield _relative(name, "seconds a batch", *medians, thresholds.time, _noise_of_medians(*samples), False)
+
+
+def _noise_of_medians(a: Sequence[float], b: Sequence[float]) -> float:
+    """Two standard errors of the difference of two medians, by the spread of the middle half of each."""
+
+    def error(samples: Sequence[float]) -> float:
+        if len(samples) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(samples, n=4)
+        return 1.2533 * (high - low) / 1.349 / len(samples) ** 0.5
+
+    return 2 * (error(a) ** 2 + error(b) ** 2) ** 0.5
+
+
+def _metrics(name: str, one: Sequence[Record], other: Sequence[Record], thresholds: Thresholds) -> Iterator[Change]:
+    for task in one[0].spec.tasks:
+        metric = TASKS[task].headline
+        values = [
+            [v for r in records if (v := r.metrics.get(task, {}).get(metric.key)) is not None]
+            for records in (one, other)
+        ]
+        if all(values):
+            means = [statistics.fmean(each) for each in values]
+            spread = [statistics.variance(each) / len(each) if len(each) > 1 else 0.0 for each in values]
+            figure = f"{TASKS[task].title} {metric.title}"
+            noise = 2 * sum(spread) ** 0.5
+            yield _relative(name, figure, *means, thresholds.metric, noise, metric.higher_is_better)
+
+
+def _relative(
+    name: str, figure: str, a: float, b: float, threshold: float, noise: float, higher_is_better: bool
+) -> Change:
+    change = b / a - 1 if a else (0.0 if b == a else float("inf"))
+    if abs(change) <= threshold:
+        return Change(name, figure, a, b, change, "same")
+    if abs(b - a) <= noise:
+        return Change(name, figure, a, b, change, "noise", "within two standard errors")
+    verdict: Verdict = "better" if (b > a) == higher_is_better else "worse"
+    return Change(name, figure, a, b, change, verdict)
+
+
+def show(found: Sequence[Change], everything: bool, console: Console) -> None:
+    shown = [c for c in found if everything or c.verdict not in ("same", "noise")]
+    for cell in dict.fromkeys(c.cell for c in shown):
+        table = Table(title=escape(cell), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for column in ("figure", "A", "B", "change", "verdict"):
+            table.add_column(column, justify="right" if column in ("A", "B", "change") else "left", overflow="fold")
+        for c in shown:
+            if c.cell == cell:
+                figures = ["–" if value is None else f"{value:.4g}" for value in (c.a, c.b)]
+                moved = "–" if c.change is None else f"{c.change:+.1%}"
+                style = {"worse": "red", "better": "green"}.get(c.verdict, "")
+                verdict = escape(f"{c.verdict}{f': {c.why}' if c.why else ''}")
+                table.add_row(escape(c.figure), *figures, moved, f"[{style}]{verdict}[/]" if style else verdict)
+        console.print(table)
+    tally = ", ".join(
+        f"{sum(c.verdict == v for c in found)} {v}"
+        for v in ("worse", "better", "same", "noise", "gone", "new", "other device")
+        if any(c.verdict == v for c in found)
+    )
+    console.print(f"{len({c.cell for c in found})} cells; figures: {tally}")
+
+
+def as_json(found: Sequence[Change]) -> str:
+    return json.dumps([asdict(c) for c in found], indent=1)

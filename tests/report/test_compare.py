@@ -1,0 +1,98 @@
+"""`bench compare`: what counts as worse, what is noise, and the exit code."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from bench.cli import app
+from bench.record import Memory, Parameters, Time
+from bench.report import compare
+from tests.report.records import make
+
+
+def parameters(trainable):
+    counts = dict.fromkeys(("adaptation", "backbone", "decoder", "shared", "per_task"), 0)
+    return Parameters(total=2 * trainable, trainable=trainable, **counts)
+
+
+def time(*samples):
+    return Time(device="cpu", warmup=1, samples=list(samples), batch_size=8)
+
+
+def verdicts(tmp_path, **thresholds):
+    found = compare.changes(tmp_path / "a", tmp_path / "b", compare.Thresholds(**thresholds))
+    return {change.figure: change.verdict for change in found}
+
+
+def both(tmp_path, before, after, **common):
+    make(tmp_path / "a", **common | before)
+    make(tmp_path / "b", **common | after)
+
+
+def test_the_same_is_the_same(tmp_path):
+    both(tmp_path, {}, {})
+    assert set(verdicts(tmp_path).values()) == {"same"}
+    assert CliRunner().invoke(app, ["compare", str(tmp_path / "a"), str(tmp_path / "b")]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "figure", "verdict"),
+    [
+        ({"parameters": parameters(100)}, {"parameters": parameters(101)}, "trainable parameters", "worse"),
+        ({"figures": {"semseg": 50.0}}, {"figures": {"semseg": 48.9}}, "SemSeg mIoU", "worse"),
+        ({"figures": {"semseg": 50.0}}, {"figures": {"semseg": 49.1}}, "SemSeg mIoU", "same"),
+        ({"figures": {"normals": 20.0}}, {"figures": {"normals": 20.5}}, "Normals mean error", "worse"),
+        ({"figures": {"normals": 20.0}}, {"figures": {"normals": 19.5}}, "Normals mean error", "better"),
+        ({"time": time(*[1.0] * 9)}, {"time": time(*[1.2] * 9)}, "seconds a batch", "worse"),
+        ({"time": time(*[1.0] * 9)}, {"time": time(*[1.05] * 9)}, "seconds a batch", "same"),
+        # Medians 1.0 and 1.2, but samples all over the place.
+        ({"time": time(0.5, 1.0, 2.0)}, {"time": time(0.4, 1.2, 2.4)}, "seconds a batch", "noise"),
+        ({"memory": Memory(device="cpu", process_peak=100)}, {"memory": Memory(device="cpu", process_peak=104)},
+         "process peak, bytes", "same"),
+        ({"memory": Memory(device="cpu", process_peak=100)}, {"memory": Memory(device="cpu", process_peak=106)},
+         "process peak, bytes", "worse"),
+        ({}, {"status": "out_of_memory", "metrics": {}}, "status", "worse"),
+        ({"status": "failed", "metrics": {}}, {}, "status", "better"),
+    ],
+)  # fmt: skip
+def test_what_counts(tmp_path, before, after, figure, verdict):
+    both(tmp_path, before, after)
+    assert verdicts(tmp_path)[figure] == verdict
+    code = CliRunner().invoke(app, ["compare", str(tmp_path / "a"), str(tmp_path / "b")]).exit_code
+    assert code == (1 if verdict == "worse" else 0)
+
+
+def test_a_gpus_memory_is_held_to_two_percent(tmp_path):
+    peak = {"device": "cuda", "peak_reserved": 1}
+    both(tmp_path, {"memory": Memory(peak_allocated=100, **peak)}, {"memory": Memory(peak_allocated=103, **peak)},
+         device="nvidia-h200")  # fmt: skip
+    assert verdicts(tmp_path)["peak allocated, bytes"] == "worse"
+    assert verdicts(tmp_path, memory=0.05)["peak allocated, bytes"] == "same"
+
+
+def test_seeds_say_what_is_noise(tmp_path):
+    for seed, (was, now) in enumerate(((50.0, 45.0), (40.0, 50.0), (60.0, 46.0))):
+        both(tmp_path, {"figures": {"semseg": was}}, {"figures": {"semseg": now}}, seed=seed)
+    assert verdicts(tmp_path)["SemSeg mIoU"] == "noise"  # 50 -> 47, with standard errors of 5.8 and 1.5
+
+
+def test_figures_of_another_machine_are_not_compared(tmp_path):
+    both(tmp_path, {"time": time(1.0)}, {"time": time(9.0), "device_name": "Other CPU"})
+    found = verdicts(tmp_path)
+    assert found["memory, time"] == "other device" and "seconds a batch" not in found
+
+
+def test_a_cell_that_is_gone_fails_and_a_new_one_does_not(tmp_path):
+    make(tmp_path / "a", "ours")
+    make(tmp_path / "b", "ours")
+    make(tmp_path / "b", "mtlora")
+    run = CliRunner().invoke
+    assert run(app, ["compare", str(tmp_path / "a"), str(tmp_path / "b")]).exit_code == 0
+    gone = run(app, ["compare", str(tmp_path / "b"), str(tmp_path / "a"), "--json"])
+    assert gone.exit_code == 1 and [c["cell"][:6] for c in json.loads(gone.stdout) if c["verdict"] == "gone"] == [
+        "mtlora"
+    ]
+    assert run(app, ["compare", str(tmp_path / "none"), str(tmp_path / "a")]).exit_code == 2
