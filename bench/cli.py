@@ -356,6 +356,59 @@ def profile(
     profiles.show(table, heading, rounds, console)
 
 
+RECORD = Annotated[str, typer.Option(help="A record's path, or the first digits of its hash.")]
+BACKBONE_WEIGHTS = Annotated[
+    Path | None, typer.Option(help="The backbone's checkpoint, where the record's weights came from a file.")
+]
+RECORD_CARD = Annotated[str | None, typer.Option(help="The card, where the record's is a file of your own.")]
+
+
+@app.command()
+@one_line_errors
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    record: RECORD,
+    folder: Annotated[Path, typer.Option("--folder", help="Where to look for a hash.")] = Path("runs"),
+    weights: BACKBONE_WEIGHTS = None,
+    dataset: RECORD_CARD = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Where pictures and arrays go.")] = Path("predictions"),
+) -> None:
+    """Every task's prediction for images, in colours and as arrays, from a trained cell."""
+    from bench import grid, trained
+
+    place = grid.resolve_device(device, "fp32")
+    cell = trained.load(record, folder, weights, dataset)
+
+    import torch
+
+    from bench import predict
+
+    predict.run(cell, images, out, torch.device(f"cuda:{place.index}" if place.name else "cpu"), Console())
+
+
+@app.command()
+@one_line_errors
+def export(
+    record: RECORD,
+    folder: Annotated[Path, typer.Option("--folder", help="Where to look for a hash.")] = Path("runs"),
+    weights: BACKBONE_WEIGHTS = None,
+    dataset: RECORD_CARD = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Check on this image, several times. (default: rendered scenes)")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("export"),
+) -> None:
+    """A trained cell for others: trained weights with a model card, and the whole model by torch.export, checked."""
+    from bench import trained
+
+    cell = trained.load(record, folder, weights, dataset)
+
+    from bench import export
+
+    export.export(cell, out, image or [], Console())
+
+
 @app.command("list")
 @one_line_errors
 def list_(what: Annotated[str, typer.Argument(help="methods, backbones, datasets, recipes or suites")]) -> None:

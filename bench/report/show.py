@@ -25,7 +25,7 @@ ESTIMATED = {"peak", "weights", "phases", "evaluation"}
 
 def show(name: str, folder: Path, console: Console) -> None:
     """Print one record: `name` is a JSON file, or the beginning of a record's hash under `folder`."""
-    path = _resolve(name, folder)
+    path = resolve(name, folder)
     record = read(path)
     for title, pairs in _sections(record).items():
         if pairs:
@@ -37,7 +37,8 @@ def show(name: str, folder: Path, console: Console) -> None:
     say(console, f"\n{path}", "dim")
 
 
-def _resolve(name: str, folder: Path) -> Path:
+def resolve(name: str, folder: Path) -> Path:
+    """A record's file by itself or by the beginning of its hash. Raises BenchError where that is none, or several."""
     if Path(name).is_file():
         return Path(name)
     if name.endswith(".json") or "/" in name:

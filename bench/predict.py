@@ -1,0 +1,97 @@
+"""`bench predict`: what a trained cell says of images, as pictures and as arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from rich.console import Console
+from torch import Tensor
+
+from bench.data import decode, transforms
+from bench.data.card import Card
+from bench.data.preview import HEADER, MARGIN, draw, save
+from bench.errors import BenchError
+from bench.trained import Trained
+from methods.model import upsample_logits
+
+ARRAYS = (
+    "Arrays, (height, width) of the image: semseg and human_parts uint8 class numbers in card order, saliency and "
+    "edge float32 probabilities, depth float32 metres, normals float32 (height, width, 3) unit vectors in the camera "
+    "frame (x right, y down)."
+)
+
+
+@torch.inference_mode()
+def predict(trained: Trained, image: np.ndarray, device: torch.device) -> dict[str, np.ndarray]:
+    """image uint8 (H, W, 3) of any size -> an array a task at that size (see ARRAYS).
+
+    The network sees the image squashed to the size that it was trained at, as evaluation does it.
+    """
+    squashed = network_input(image, trained.record.spec.image_size)
+    logits = trained.model(squashed[None].to(device))
+    return {task: to_array(task, upsample_logits(out, image.shape[:2])[0].cpu()) for task, out in logits.items()}
+
+
+def network_input(image: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """uint8 (H, W, 3) -> float (3, *size) in [0, 1]."""
+    return transforms.resize(transforms.unpack(transforms.pack({"image": image})), size)["image"]
+
+
+def to_array(task: str, logits: Tensor) -> np.ndarray:
+    """logits (n, H, W) -> what they mean."""
+    if task in ("semseg", "human_parts"):
+        return logits.argmax(0).to(torch.uint8).numpy()
+    if task in ("saliency", "edge"):
+        return logits[0].sigmoid().numpy()
+    if task == "depth":
+        return logits[0].numpy()
+    return F.normalize(logits, dim=0).permute(1, 2, 0).numpy()
+
+
+def picture(task: str, array: np.ndarray, card: Card) -> np.ndarray:
+    """An array of `predict` in colours, uint8 (H, W, 3)."""
+    if task == "depth":
+        array = array.clip(1e-3)  # at or below zero would count as unlabelled
+    return draw(task, array.transpose(2, 0, 1) if task == "normals" else array, card)
+
+
+def strip(image: np.ndarray, pictures: dict[str, np.ndarray]) -> Image.Image:
+    """The image and its predictions side by side, named."""
+    columns = {"image": image, **pictures}
+    height, width = image.shape[:2]
+    out = Image.new("RGB", (len(columns) * (width + MARGIN), HEADER + height), (40, 40, 40))
+    pen = ImageDraw.Draw(out)
+    for column, (name, drawn) in enumerate(columns.items()):
+        left = column * (width + MARGIN)
+        pen.text((left + 2, 2), name, fill=(255, 255, 255))
+        out.paste(Image.fromarray(drawn), (left, HEADER))
+    return out
+
+
+def run(trained: Trained, images: Sequence[Path], out: Path, device: torch.device, console: Console) -> None:
+    """Write `NAME.npz`, `NAME_TASK.png` and `NAME.png`, all side by side, for every image.
+
+    Raises BenchError for a file that is no image, before anything is written.
+    """
+    stems = [path.stem for path in images]
+    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
+    if twice is not None:
+        raise BenchError(f"two images are called {twice}: their predictions would overwrite each other")
+    for path in images:
+        decode.read_image(path)
+    trained.model.to(device)
+    for path in images:
+        image = decode.read_image(path).copy()
+        arrays = predict(trained, image, device)
+        pictures = {task: picture(task, array, trained.card) for task, array in arrays.items()}
+        for task, drawn in pictures.items():
+            save(Image.fromarray(drawn), out / f"{path.stem}_{task}.png")
+        save(strip(image, pictures), out / f"{path.stem}.png")
+        np.savez_compressed(out / f"{path.stem}.npz", **arrays)
+        console.print(f"{path}: {', '.join(arrays)} -> {out / path.stem}.png", soft_wrap=True)
+    console.print(ARRAYS, style="dim")

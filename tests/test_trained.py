@@ -1,0 +1,179 @@
+"""A trained cell used again: `bench predict` and `bench export`, and every way in which that can be refused."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from bench import export, predict, trained
+from bench import record as records
+from bench.cli import app
+from bench.data import card as cards
+from bench.errors import BenchError
+from bench.spec import trained_weights
+from bench.train.trained import digest, load_trained, save_trained
+from methods.backbones.load import WeightSource, load_backbone
+from methods.model import Setting
+from methods.registry import parse
+from tests.report.records import make
+
+SIZE = (64, 96)
+FIGURES = {"semseg": 10.0, "saliency": 20.0, "normals": 30.0}
+
+
+def build(method, seed=0, size=SIZE):
+    torch.manual_seed(seed)
+    card = cards.load("scenes")
+    backbone = load_backbone("resnet18.a1_in1k", size, WeightSource("random"))
+    (configured,) = parse(method)
+    return configured.build(backbone, card.channels(tuple(FIGURES)), Setting("equal", None))
+
+
+@pytest.fixture
+def cell(tmp_path):
+    """(method) -> the record of such a cell, its weights beside it, and the model that they are of."""
+
+    def write(method="decoder_only", **changes):
+        model = build(method)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.05 * torch.randn_like(parameter)
+        spec = {"backbone": "resnet18.a1_in1k", "weights": "random", "image_size": SIZE, "protocol": "equal"} | changes
+        path = make(tmp_path / "runs", method, FIGURES, **spec)
+        record = json.loads(path.read_text())
+        record["trained_sha256"] = save_trained(model, trained_weights(path))
+        path.write_text(json.dumps(record))
+        return path, model.eval()
+
+    return write
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "room.png"
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (50, 70, 3), np.uint8)).save(path)
+    return path
+
+
+def test_a_loaded_model_answers_as_the_trained_one(cell, tmp_path):
+    path, model = cell("ours[r=2]")
+    batch = torch.rand(2, 3, *SIZE)
+    for name in (str(path), path.stem[:5]):
+        loaded = trained.load(name, tmp_path / "runs", None, None).model
+        with torch.no_grad():
+            for task, out in model(batch).items():
+                torch.testing.assert_close(loaded(batch)[task], out)
+
+
+def test_pictures_and_arrays_have_the_images_size_and_the_tasks_meaning(cell, image, tmp_path):
+    path, model = cell()
+    done = CliRunner().invoke(
+        app, ["predict", str(image), "--record", str(path), "--device", "cpu", "--out", str(tmp_path / "out")]
+    )
+    assert done.exit_code == 0, done.output
+    arrays = np.load(tmp_path / "out" / "room.npz")
+    assert {name: (a.dtype.name, a.shape) for name, a in arrays.items()} == {
+        "semseg": ("uint8", (50, 70)), "saliency": ("float32", (50, 70)), "normals": ("float32", (50, 70, 3)),
+    }  # fmt: skip
+    with torch.no_grad():
+        small = predict.network_input(np.array(Image.open(image)), SIZE)
+        logits = model(small[None])
+        large = torch.nn.functional.interpolate(logits["semseg"], (50, 70), mode="bilinear", align_corners=False)
+    assert (arrays["semseg"] == large[0].argmax(0).numpy()).mean() > 0.999
+    np.testing.assert_allclose(np.linalg.norm(arrays["normals"], axis=-1), 1, atol=1e-5)
+    assert 0 <= arrays["saliency"].min() and arrays["saliency"].max() <= 1
+    for task in FIGURES:
+        assert Image.open(tmp_path / "out" / f"room_{task}.png").size == (70, 50)
+    assert Image.open(tmp_path / "out" / "room.png").width > 4 * 70
+
+
+@pytest.mark.parametrize("wrong", ["missing", "changed", "other model", "damaged"])
+def test_weights_that_are_not_the_records_are_refused(cell, tmp_path, wrong):
+    path, _ = cell()
+    weights = trained_weights(path)
+    expected = {"missing": "no trained weights", "changed": "SHA-256 differs", "other model": "checkpoint of another",
+                "damaged": "cannot load"}[wrong]  # fmt: skip
+    if wrong == "missing":
+        weights.unlink()
+    elif wrong == "changed":
+        save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+    else:
+        if wrong == "damaged":
+            weights.write_bytes(weights.read_bytes()[:1000])
+        else:
+            save_trained(build("ours"), weights)
+        record = json.loads(path.read_text()) | {"trained_sha256": digest(weights)}
+        path.write_text(json.dumps(record))
+    with pytest.raises(BenchError, match=expected):
+        trained.load(str(path), tmp_path, None, None)
+
+
+def test_cells_without_a_trained_model_say_so(tmp_path):
+    path = make(tmp_path, "ours", FIGURES, steps=0, epochs=None)
+    with pytest.raises(BenchError, match="was not trained"):
+        trained.load(str(path), tmp_path, None, None)
+    path = make(tmp_path, "ours", FIGURES, status="diverged", metrics={})
+    with pytest.raises(BenchError, match="has the status diverged"):
+        trained.load(str(path), tmp_path, None, None)
+
+
+def test_the_backbones_file_must_be_the_one_that_was_used(cell, tmp_path):
+    weights = tmp_path / "w.safetensors"
+    save_file(load_backbone("resnet18.a1_in1k", SIZE, WeightSource("random")).model.state_dict(), weights)
+    path, _ = cell(weights=f"file:{digest(weights)}")
+    with pytest.raises(BenchError, match="came from a file .* name it with --weights"):
+        trained.load(str(path), tmp_path, None, None)
+    other = tmp_path / "o.safetensors"
+    save_file({"a": torch.ones(1)}, other)
+    with pytest.raises(BenchError, match="is not the backbone's checkpoint"):
+        trained.load(str(path), tmp_path, other, None)
+    assert trained.load(str(path), tmp_path, weights, None).record.spec.weights.startswith("file:")
+    path, _ = cell()
+    with pytest.raises(BenchError, match="leave --weights out"):
+        trained.load(str(path), tmp_path, weights, None)
+
+
+def test_what_is_no_image_stops_before_anything_is_written(cell, image, tmp_path):
+    path, _ = cell()
+    text = tmp_path / "text.png"
+    text.write_text("no image")
+    done = CliRunner().invoke(
+        app,
+        ["predict", str(image), str(text), "--record", str(path), "--device", "cpu", "--out", str(tmp_path / "out")],
+    )
+    assert done.exit_code == 2 and "text.png" in done.output and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["decoder_only", "ours"])
+def test_an_exported_model_answers_alone_as_pytorch_does(cell, image, tmp_path, method):
+    path, model = cell(method)
+    out = tmp_path / "export"
+    done = CliRunner().invoke(app, ["export", "--record", str(path), "--image", str(image), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    batch = torch.rand(1, 3, *SIZE)
+    program = torch.export.load(out / "model.pt2").module()
+    for task, logits in model(batch).items():
+        torch.testing.assert_close(program(batch)[task], logits, rtol=1e-3, atol=1e-4)
+    rebuilt = build(method)
+    load_trained(rebuilt, out / "trained.safetensors", records.read(out / "record.json").trained_sha256)
+    card = (out / "README.md").read_text()
+    assert "RANDOM weights" in card and "(1, 3, 64, 96)" in card and "10 %" in card and "Classes of semseg:" in card
+
+
+def test_an_export_that_answers_differently_is_refused(cell):
+    _, model = cell()
+
+    class Off(torch.nn.Module):
+        def forward(self, image):
+            return {task: out + 0.01 * out.abs().max() for task, out in model(image).items()}
+
+    with pytest.raises(BenchError, match="differs from PyTorch's: semseg by 1.0e-02"):
+        export.check(model, Off(), torch.rand(1, 3, *SIZE))
