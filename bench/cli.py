@@ -356,6 +356,37 @@ def profile(
     profiles.show(table, heading, rounds, console)
 
 
+@app.command()
+@one_line_errors
+def figure(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="pareto, memory, sweep, ablation, gradients, similarity, curves; of trained models: predictions, "
+            "features, gates."
+        ),
+    ],
+    folder: Annotated[Path, typer.Argument(help="Folder of records.")] = Path("runs"),
+    record: Annotated[
+        list[str] | None, typer.Option(help="Of a trained model, by path or first digits; several for predictions.")
+    ] = None,
+    reference: Annotated[str | None, typer.Option(help="Delta-m against this method.")] = None,
+    option: Annotated[str | None, typer.Option(help="For sweep: this option alone, e.g. r.")] = None,
+    published: Annotated[bool, typer.Option("--published", help="For pareto: the papers' figures, marked.")] = False,
+    weights: Annotated[Path | None, typer.Option(help="The backbone's checkpoint, where it came from a file.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="The card, where the record's is a file of your own.")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="Folder that the card's files lie in.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="For predictions and features: so many.")] = 2,
+    out: Annotated[Path, typer.Option(help="Where PNG and SVG go.")] = Path("figures"),
+) -> None:
+    """A figure from records, or from trained models and their validation images, as PNG and SVG."""
+    from bench.figures import draw
+    from bench.figures.from_records import Choice
+
+    choice = Choice(reference, option, published)
+    draw.figure(name, folder, record or [], weights, dataset, data_root, images, choice, out, Console())
+
+
 RECORD = Annotated[str, typer.Option(help="A record's path, or the first digits of its hash.")]
 BACKBONE_WEIGHTS = Annotated[
     Path | None, typer.Option(help="The backbone's checkpoint, where the record's weights came from a file.")

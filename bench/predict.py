@@ -53,11 +53,11 @@ def to_array(task: str, logits: Tensor) -> np.ndarray:
     return F.normalize(logits, dim=0).permute(1, 2, 0).numpy()
 
 
-def picture(task: str, array: np.ndarray, card: Card) -> np.ndarray:
-    """An array of `predict` in colours, uint8 (H, W, 3)."""
+def picture(task: str, array: np.ndarray, card: Card, near_far: tuple[float, float] | None = None) -> np.ndarray:
+    """An array of `predict` in colours, uint8 (H, W, 3); `near_far` as in `draw`."""
     if task == "depth":
         array = array.clip(1e-3)  # at or below zero would count as unlabelled
-    return draw(task, array.transpose(2, 0, 1) if task == "normals" else array, card)
+    return draw(task, array.transpose(2, 0, 1) if task == "normals" else array, card, near_far)
 
 
 def strip(image: np.ndarray, pictures: dict[str, np.ndarray]) -> Image.Image:

@@ -38,11 +38,11 @@ def sheet(dataset: DenseDataset, indices: Sequence[int], epoch: int = 0) -> Imag
     return out
 
 
-def draw(name: str, values: np.ndarray, card: Card) -> np.ndarray:
+def draw(name: str, values: np.ndarray, card: Card, near_far: tuple[float, float] | None = None) -> np.ndarray:
     """One map of a sample as uint8 (H, W, 3).
 
     Classes in the card's colours, or in colours of their own; saliency and edges white on black; depth from near
-    (dark) to far; normals with x, y, z in -1..1 as red, green and blue.
+    (dark) to far, of the map itself or as given in metres; normals with x, y, z in -1..1 as red, green and blue.
     """
     if name == "image":
         return np.round(values.transpose(1, 2, 0) * 255).astype(np.uint8)
@@ -51,7 +51,7 @@ def draw(name: str, values: np.ndarray, card: Card) -> np.ndarray:
         return np.where(values.any(0)[..., None], picture, np.uint8(255))
     if name == "depth":
         valid = values > 0
-        near, far = (values[valid].min(), values[valid].max()) if valid.any() else (0.0, 1.0)
+        near, far = near_far or depth_range(values)
         shades = matplotlib.colormaps["viridis"]((values - near) / max(far - near, 1e-6))
         return np.where(valid[..., None], np.round(shades[..., :3] * 255), 255).astype(np.uint8)
     ignored = values == IGNORE
@@ -60,6 +60,12 @@ def draw(name: str, values: np.ndarray, card: Card) -> np.ndarray:
         return np.where(ignored, 128, values * 255).astype(np.uint8)[..., None].repeat(3, -1)
     palette = np.array(card.tasks[name].colours or _palette(card.tasks[name].classes), np.uint8)
     return np.where(ignored[..., None], np.array(UNLABELLED, np.uint8), palette[np.where(ignored, 0, values)])
+
+
+def depth_range(values: np.ndarray) -> tuple[float, float]:
+    """Nearest and farthest labelled depth, metres."""
+    valid = values > 0
+    return (float(values[valid].min()), float(values[valid].max())) if valid.any() else (0.0, 1.0)
 
 
 def _palette(classes: Sequence[str]) -> np.ndarray:

@@ -1,0 +1,396 @@
+"""Figures that records alone can draw. No torch."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+from bench.errors import BenchError
+from bench.figures.style import COLOURS, caption, legend_below, look, panels, plain
+from bench.record import Record
+from bench.report import papers, published, tables
+from bench.report.groups import Group
+from bench.tasks import TASKS
+
+Drawn = Iterator[tuple[str, Figure]]  # (what the file name says besides the figure's, figure)
+PHASES = {"forward": "forward", "loss": "loss", "backward": "backward", "optimizer": "optimizer step"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a figure may be asked for besides its name."""
+
+    reference: str | None = None  # Delta-m against this method
+    option: str | None = None  # the option that a sweep varies
+    published: bool = False  # the papers' figures beside the measured ones
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method of a group with what the tables say of it."""
+
+    title: str
+    records: list[Record]
+    values: Mapping[str, Any]
+
+
+def rows_of(group: Group, reference: str | None) -> list[Row]:
+    against = tables.baseline(group, reference)
+    found = []
+    for records in group.methods():
+        values = tables.measured_row(group, records, against) | tables.cost_row(group, records)
+        found.append(Row(values[tables.METHOD], records, values))
+    return found
+
+
+def _about(group: Group) -> list[str]:
+    """Title and warnings of the group, so that a figure says what it was run on."""
+    return [group.title, *(f"! {mark}" for mark in group.marks)]
+
+
+def _trained(groups: Sequence[Group], reference: str | None) -> list[tuple[Group, list[Row]]]:
+    """Groups with a Delta-m to show. Raises BenchError where none has one."""
+    found = []
+    for group in groups:
+        if reference is not None and not tables.has_reference(group, reference):
+            continue
+        rows = [row for row in rows_of(group, reference) if pd.notna(row.values[tables.DELTA])]
+        if rows:
+            found.append((group, rows))
+    if not found:
+        advice = f"run {tables.BASELINE} in the same setting, or name another method with --reference"
+        raise BenchError(f"no record has a Delta-m: {advice}")
+    return found
+
+
+def pareto(groups: Sequence[Group], choice: Choice) -> Drawn:
+    """Delta-m against trainable parameters, memory and time, with the front (BDTA, Fig. 1d)."""
+    for group, rows in _trained(groups, choice.reference):
+        cpu = group.spec.device_kind == "cpu"
+        costs = {
+            tables.TP: "trainable parameters, M",
+            tables.CPU_PROCESS if cpu else tables.CUDA_ALLOCATED: "process peak, GiB (CPU)" if cpu else "memory, GiB",
+            tables.CPU_MEDIAN if cpu else tables.CUDA_MEDIAN: "s/batch (CPU)" if cpu else "s/batch",
+        }
+        printed = _printed(group, rows) if choice.published else []
+        figure, axes = panels(3, 3.0, 2.8)
+        for axis, (column, label) in zip(axes, costs.items(), strict=True):
+            points = [(row.values[column], row.values[tables.DELTA]) for row in rows]
+            for index, (row, (x, y)) in enumerate(zip(rows, points, strict=True)):
+                colour, marker, _ = look(index)
+                half = row.values[tables.interval(tables.DELTA)]
+                axis.errorbar(x, y, yerr=None if pd.isna(half) else half, color=colour, marker=marker, ls="",
+                              ms=6, capsize=2, label=row.title)  # fmt: skip
+            _front(axis, points)
+            for index, row in enumerate(printed):
+                x = row[{tables.TP: "tp_m"}.get(column, "memory_gb" if "memory" in column else "seconds_per_batch")]
+                axis.plot(x, row["delta_m"], marker=MARK_PRINTED[index % len(MARK_PRINTED)], mfc="none", mec="#777777",
+                          ls="", ms=6, label=f"{row['row']} {published.MARK}")  # fmt: skip
+            axis.set_xlabel(label)
+            axis.set_xscale("log")
+            axis.xaxis.set_minor_formatter(plain)
+            axis.xaxis.set_major_formatter(plain)
+            axis.xaxis.set_minor_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=12))
+            axis.tick_params(axis="x", which="both", labelsize=7)
+        axes[0].set_ylabel("\n".join(textwrap.wrap(_delta_label(group, choice.reference), 28)), fontsize=8)
+        legend_below(figure, axes[0])
+        extra = [f"{published.MARK} printed in the papers: PASCAL-Context, another GPU, GB"] if printed else []
+        caption(figure, [*_about(group), *extra])
+        yield group.slug, figure
+
+
+MARK_PRINTED = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def _printed(group: Group, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    names = {row.records[0].method.published_row for row in rows} - {None}
+    return published.efficiency_rows(names, group.spec.backbone).to_dict("records")
+
+
+def _delta_label(group: Group, reference: str | None) -> str:
+    base = tables.baseline(group, reference)
+    return f"Δm, %, against {base.title.lower()}" if reference else "Δm, % against single-task"
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points that none is both cheaper (x) and better (y) than, by cost."""
+    kept: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda p: (p[0], -p[1])):
+        if not kept or y > kept[-1][1]:
+            kept.append((x, y))
+    return kept
+
+
+def _front(axis: Axes, points: Sequence[tuple[float, float]]) -> None:
+    best = front([p for p in points if not any(map(pd.isna, p))])
+    if len(best) > 1:
+        axis.step(*zip(*best, strict=True), where="post", color="#999999", lw=1, zorder=0, label="Pareto front")
+
+
+def memory(groups: Sequence[Group], choice: Choice) -> Drawn:
+    """Peak memory while a training step is in each phase: measured on a GPU, else the estimate, and which is said."""
+    drawn = False
+    for group in groups:
+        rows = [(row, *_phases(row.records)) for row in rows_of(group, None)]
+        rows = [(row, phases, kind) for row, phases, kind in rows if phases]
+        for kind in dict.fromkeys(kind for *_, kind in rows):
+            own = [(row, phases) for row, phases, other in rows if other == kind]
+            figure, (axis,) = panels(1, 6.2, 0.8 + 0.55 * len(own))
+            places = np.arange(len(own))[::-1]
+            for index, (phase, name) in enumerate(PHASES.items()):
+                sizes = [phases.get(phase, 0) / tables.GIB for _, phases in own]
+                axis.barh(places + 0.3 - 0.2 * index, sizes, 0.2, color=COLOURS[index], label=name)
+            axis.set_yticks(places, ["\n".join(textwrap.wrap(row.title, 26)) for row, _ in own])
+            axis.set_xlabel(f"GiB, {kind}")
+            axis.grid(axis="y", visible=False)
+            legend_below(figure, axis, 4)
+            caption(figure, _about(group))
+            drawn = True
+            yield f"{group.slug}-{kind.split()[0]}", figure
+    if not drawn:
+        raise BenchError("no record holds memory by phase: records of a GPU measure it, all of them estimate it")
+
+
+def _phases(records: Sequence[Record]) -> tuple[dict[str, int], str]:
+    for record in records:
+        if record.memory and record.memory.phases:
+            return record.memory.phases, "measured, peak allocated"
+    for record in records:
+        if record.estimate and record.estimate.phases:
+            return record.estimate.phases, "estimated for a CUDA GPU, not measured"
+    return {}, ""
+
+
+def sweep(groups: Sequence[Group], choice: Choice) -> Drawn:
+    """An option's values against Delta-m (or each task's figure, where there is none) and parameters: the reduction
+    factor r of ours (BDTA, Fig. 3), rho and m of VMT-Adapter. A line a backbone."""
+    drawn = False
+    for bundle in papers.bundles(groups):
+        found: dict[tuple[str, str], dict[str, list[tuple[float, Row]]]] = {}
+        for group in bundle:
+            for row in rows_of(group, choice.reference):
+                info = row.records[0].method
+                for name, value in info.options.items():
+                    if isinstance(value, (int, float)) and not isinstance(value, bool):
+                        found.setdefault((info.name, name), {}).setdefault(group.spec.backbone, []).append((value, row))
+        for (method, option), by_group in found.items():
+            values = {value for points in by_group.values() for value, _ in points}
+            if len(values) < 2 or (choice.option is not None and option != choice.option):
+                continue
+            drawn = True
+            yield f"{method}-{option}-{bundle[0].slug}", _sweep(bundle, method, option, by_group, choice.reference)
+    if not drawn:
+        wanted = f"option {choice.option}" if choice.option else "an option"
+        raise BenchError(f"no method was run with several values of {wanted}; e.g. bench run --suite fig3")
+
+
+def _sweep(
+    bundle: Sequence[Group],
+    method: str,
+    option: str,
+    by_backbone: Mapping[str, list[tuple[float, Row]]],
+    reference: str | None,
+) -> Figure:
+    # Where other options differ as well, a line would mix them: only rows that vary this one alone.
+    alone = {backbone: _varying_alone(points, option) for backbone, points in by_backbone.items()}
+    has_delta = any(pd.notna(row.values[tables.DELTA]) for points in alone.values() for _, row in points)
+    tasks = bundle[0].spec.tasks
+    columns = [tables.DELTA] if has_delta else [tables.headline(task) for task in tasks if bundle[0].trained]
+    figure, axes = panels(len(columns) + 1, 2.9, 2.5)
+    for axis, column in zip(axes, [*columns, tables.TP], strict=True):
+        for index, (backbone, points) in enumerate(alone.items()):
+            colour, marker, line = look(index)
+            points = sorted((p for p in points if pd.notna(p[1].values[column])), key=lambda p: p[0])
+            halves = [row.values.get(tables.interval(column), float("nan")) for _, row in points]
+            axis.errorbar([v for v, _ in points], [row.values[column] for _, row in points],
+                          yerr=None if all(map(pd.isna, halves)) else np.nan_to_num(halves),
+                          color=colour, marker=marker, ls=line, capsize=2, label=backbone)  # fmt: skip
+        values = sorted({value for points in alone.values() for value, _ in points})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(values, [f"{value:g}" for value in values])
+        axis.minorticks_off()
+        axis.set_xlabel(f"{option} of {method}")
+        axis.set_title(_delta_label(bundle[0], reference) if column == tables.DELTA else column, fontsize=8)
+    legend_below(figure, axes[0], 2)
+    caption(figure, _about(bundle[0]))
+    return figure
+
+
+def _varying_alone(points: list[tuple[float, Row]], option: str) -> list[tuple[float, Row]]:
+    def rest(row: Row) -> tuple:
+        return tuple((k, v) for k, v in sorted(row.records[0].method.options.items()) if k != option)
+
+    common = pd.Series([rest(row) for _, row in points]).mode().iloc[0]
+    return [(value, row) for value, row in points if rest(row) == common]
+
+
+def ablation(groups: Sequence[Group], choice: Choice) -> Drawn:
+    """Delta-m of each method over backbones and decoders (VMT-Adapter, Fig. 5)."""
+    bars: dict[str, dict[tuple[str, str], tuple[float, float]]] = {}
+    about: list[str] = []
+    for group, rows in _trained(groups, choice.reference):
+        about += [textwrap.shorten(group.title, 180)]
+        decoder = group.spec.decoder or ("segformer" if group.spec.protocol == "equal" else "the paper's own decoder")
+        for row in rows:
+            if row.records[0].method.name != tables.BASELINE:
+                key = (published.short_backbone(group.spec.backbone), decoder)
+                half = row.values[tables.interval(tables.DELTA)]
+                bars.setdefault(row.title, {})[key] = (row.values[tables.DELTA], half)
+    if len({key for values in bars.values() for key in values}) < 2:
+        raise BenchError("all records share one backbone and one decoder: there is nothing to set side by side")
+    keys = sorted({key for values in bars.values() for key in values})
+    figure, (axis,) = panels(1, max(4.0, 0.5 * len(bars) * len(keys) + 1.5), 2.8)
+    width = 0.8 / len(keys)
+    for index, key in enumerate(keys):
+        places, heights, halves = [], [], []
+        for place, values in enumerate(bars.values()):
+            if key in values:
+                places.append(place - 0.4 + width * (index + 0.5))
+                heights.append(values[key][0])
+                halves.append(values[key][1])
+        axis.bar(places, heights, width * 0.92, color=COLOURS[index % len(COLOURS)], label=", ".join(key),
+                 yerr=None if all(map(pd.isna, halves)) else np.nan_to_num(halves), capsize=2)  # fmt: skip
+    axis.axhline(0, color="black", lw=0.8)
+    axis.set_xticks(range(len(bars)), ["\n".join(textwrap.wrap(title, 16)) for title in bars], fontsize=7)
+    axis.set_ylabel("Δm, %")
+    axis.grid(axis="x", visible=False)
+    legend_below(figure, axis, 2)
+    caption(figure, [*about[:3], *([f"and {len(about) - 3} more settings"] if len(about) > 3 else [])])
+    yield "backbones-and-decoders", figure
+
+
+def gradients(groups: Sequence[Group], choice: Choice) -> Drawn:
+    """How the cosines of two tasks' gradients on shared parameters are spread over training (VMT-Adapter, Fig. 4)."""
+    drawn = False
+    for group in groups:
+        found = {}
+        for records in group.methods():
+            values = [v for record in records for pair in record.cosines.values() for v in pair]
+            if values:
+                found[records[0].method.title] = np.array(values)
+        if not found:
+            continue
+        drawn = True
+        figure, (axis,) = panels(1, 4.6, 2.8)
+        widest = max(0.05, *(np.quantile(np.abs(values), 0.99) for values in found.values()))
+        bins = np.linspace(-widest, widest, 41)
+        for index, (title, values) in enumerate(found.items()):
+            colour, _, line = look(index)
+            line = ("-", "--", ":", "-.")[index % 4]
+            against = (values < 0).mean()
+            share = np.full(len(values), 100 / len(values))
+            axis.hist(values.clip(-widest, widest), bins, weights=share, histtype="step", color=colour, ls=line, lw=1.4,
+                      label=f"{title}: {against:.0%} below 0")  # fmt: skip
+        axis.axvline(0, color="black", lw=0.8)
+        axis.set_xlabel("cosine between two tasks' gradients")
+        axis.set_ylabel("% of pairs and probes")
+        legend_below(figure, axis, 1)
+        caption(figure, _about(group))
+        yield group.slug, figure
+    if not drawn:
+        raise BenchError("no record holds gradient cosines; bench run --probe-gradients 100 takes them")
+
+
+def similarity(groups: Sequence[Group], choice: Choice) -> Drawn:
+    """Similarity of every two tasks, as progressive adaptation found it before training, and the groups it made."""
+    drawn = False
+    for group in groups:
+        for records in group.methods():
+            for record in records:
+                matrix = record.preparation.get("similarity")
+                if matrix is None:
+                    continue
+                drawn = True
+                yield f"{record.spec.hash}-s{record.spec.seed}", _similarity(group, record, np.array(matrix))
+    if not drawn:
+        raise BenchError("no record holds a task similarity; progressive finds one: bench run --methods progressive")
+
+
+def _similarity(group: Group, record: Record, matrix: np.ndarray) -> Figure:
+    names = [TASKS[task].title for task in record.preparation["tasks"]]
+    figure, (axis,) = panels(1, 3.6, 3.2)
+    heat(axis, matrix, names, names, -1, 1, "RdBu")
+    members = " | ".join("+".join(TASKS[t].title for t in each) for each in record.preparation["groups"])
+    axis.set_title(f"groups: {members}", fontsize=8)
+    caption(figure, _about(group))
+    return figure
+
+
+def heat(
+    axis: Axes, matrix: np.ndarray, rows: Sequence[str], columns: Sequence[str], low: float, high: float, colours: str
+) -> None:
+    """A matrix with its figures written in."""
+    axis.imshow(matrix, vmin=low, vmax=high, cmap=colours)
+    axis.grid(visible=False)
+    axis.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize=7)
+    axis.set_yticks(range(len(rows)), rows, fontsize=7)
+    for (row, column), value in np.ndenumerate(matrix):
+        share = (value - low) / (high - low)
+        dark = abs(share - 0.5) > 0.32 if colours == "RdBu" else share < 0.55
+        axis.text(
+            column,
+            row,
+            f"{round(value, 2) + 0:.2f}",
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white" if dark else "black",
+        )
+
+
+def curves(groups: Sequence[Group], choice: Choice) -> Drawn:
+    """Training losses over the steps: the weighted sum and each task's, a line a method (mean over seeds)."""
+    drawn = False
+    for group in groups:
+        histories = [(records[0].method.title, _history(records)) for records in group.methods()]
+        found = [(title, history) for title, history in histories if history is not None]
+        if not found:
+            continue
+        drawn = True
+        keys = {"loss": "weighted sum"} | {f"loss/{task}": TASKS[task].title for task in group.spec.tasks}
+        figure, axes = panels(len(keys), 2.6, 2.2, columns=3)
+        for axis, (key, name) in zip(axes, keys.items(), strict=True):
+            for index, (title, history) in enumerate(found):
+                colour, _, line = look(index)
+                axis.plot(history["step"], history[key], color=colour, ls=line, lw=1.1, label=title)
+            axis.set_title(name, fontsize=8)
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(plain)
+            axis.yaxis.set_minor_formatter(plain)
+            axis.yaxis.set_minor_locator(LogLocator(subs=(1, 2, 3, 5), numticks=12))
+            axis.tick_params(labelsize=7, which="both")
+        for axis in axes[-3:]:
+            axis.set_xlabel("step")
+        legend_below(figure, axes[0])
+        caption(figure, _about(group))
+        yield group.slug, figure
+    if not drawn:
+        raise BenchError("no record holds a training history: all of them measured efficiency alone")
+
+
+def _history(records: Sequence[Record]) -> pd.DataFrame | None:
+    """Mean over seeds by step, smoothed over a twentieth of the run: single batches are noisy."""
+    frames = [pd.DataFrame(record.history) for record in records if record.history]
+    if not frames:
+        return None
+    mean = pd.concat(frames).groupby("step").mean()
+    return mean.rolling(max(1, len(mean) // 20), min_periods=1).mean().reset_index()
+
+
+FIGURES: dict[str, Callable[[Sequence[Group], Choice], Drawn]] = {
+    "pareto": pareto,
+    "memory": memory,
+    "sweep": sweep,
+    "ablation": ablation,
+    "gradients": gradients,
+    "similarity": similarity,
+    "curves": curves,
+}
