@@ -165,6 +165,12 @@ def report(
         bool, typer.Option("--mix", help="Put records of different settings into one table; each row says which.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the tables as JSON and nothing else.")] = False,
+    html: Annotated[
+        bool, typer.Option("--html", help="One page instead, report.html: sortable table, plot, cards; no network.")
+    ] = False,
+    gallery: Annotated[
+        list[Path] | None, typer.Option(help="For --html: a picture to show, e.g. of `bench figure predictions`.")
+    ] = None,
     save: Annotated[
         Path | None, typer.Option(help="Where to write markdown, LaTeX, JSON and CSV. (default: FOLDER/report)")
     ] = None,
@@ -176,6 +182,9 @@ def report(
         papers.report(table, folder, save, Console(), json)
         return
     out = save or folder / "report"
+    if html:
+        render.page(folder, out, reference, gallery or [], Console(), mix)
+        return
     render.report(folder, out, reference, Console(quiet=True) if json else Console(), mix)
     if json:
         print((out / REPORT).read_text(encoding="utf-8"), end="")

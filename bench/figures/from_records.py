@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from bench.errors import BenchError
+from bench.figures.front import front
 from bench.figures.style import COLOURS, caption, legend_below, look, panels, plain
 from bench.record import Record
 from bench.report import papers, published, tables
@@ -118,15 +119,6 @@ def _printed(group: Group, rows: Sequence[Row]) -> list[dict[str, Any]]:
 def _delta_label(group: Group, reference: str | None) -> str:
     base = tables.baseline(group, reference)
     return f"Δm, %, against {base.title.lower()}" if reference else "Δm, % against single-task"
-
-
-def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points that none is both cheaper (x) and better (y) than, by cost."""
-    kept: list[tuple[float, float]] = []
-    for x, y in sorted(points, key=lambda p: (p[0], -p[1])):
-        if not kept or y > kept[-1][1]:
-            kept.append((x, y))
-    return kept
 
 
 def _front(axis: Axes, points: Sequence[tuple[float, float]]) -> None:

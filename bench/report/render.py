@@ -168,6 +168,20 @@ def report(folder: Path, out: Path | None, reference: str | None, console: Conso
     say(console, f"\nwrote report.md, report.tex, report.json and {len(files) - 3} CSV tables to {out}")
 
 
+def page(
+    folder: Path, out: Path, reference: str | None, gallery: Sequence[Path], console: Console, mix: bool = False
+) -> None:
+    """Write out/report.html. Raises BenchError as `report` does, and for a picture that is none."""
+    from bench.report import page
+
+    found, problems = collect(folder)
+    all_groups = mixed(found) if mix else groups(found)
+    if reference is not None:
+        tables.check_reference(all_groups, reference)
+    page.write(all_groups, problems, reference, gallery, out / "report.html")
+    say(console, f"wrote {out / 'report.html'}")
+
+
 def _apart(earlier: Sequence[Group], group: Group) -> str:
     """Why the group is no part of the most similar one before it."""
     if not earlier:

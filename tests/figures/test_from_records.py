@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from bench.cli import app
 from bench.errors import BenchError
 from bench.figures import from_records
-from bench.figures.from_records import FIGURES, Choice, front
+from bench.figures.from_records import FIGURES, Choice
+from bench.figures.front import front
 from bench.figures.style import COLOURS, look
 from bench.record import Estimated, Memory, MethodInfo
 from bench.report import tables
