@@ -71,9 +71,21 @@ def test_card_of_the_readme_loads(tmp_path):
 
 
 def test_commands_of_the_readme_exist():
-    """Every option that the README gives to `bench run` and `bench report` is one of theirs."""
+    """Every option that the README gives to a verb is one of its own."""
     text = README.read_text(encoding="utf-8")
-    for verb in ("run", "report", "show", "list", "count"):
+    for verb in (
+        "run",
+        "report",
+        "show",
+        "list",
+        "count",
+        "audit",
+        "compare",
+        "figure",
+        "predict",
+        "export",
+        "profile",
+    ):
         command = [sys.executable, "-m", "bench", verb, "--help"]
         plain = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
         help_text = subprocess.run(

@@ -29,16 +29,16 @@ def rich_tables(sheet: Sheet, width: int) -> list[Table]:
     longest = max(len(line.cells[0].text) for line in sheet.lines)
     least, granted = (min(bound, longest) for bound in LABEL_WIDTH)
     inline = _widths(sheet, " ")
-    if granted + sum(inline) + len(inline) <= width:
+    if granted + sum(inline) + 2 * len(inline) <= width:
         return [_rich_table(sheet, range(len(inline)), " ")]
     chunks: list[list[int]] = [[]]
     used = least
     for column, needed in enumerate(_widths(sheet, "\n")):
-        if chunks[-1] and used + needed + 1 > width:
+        if chunks[-1] and used + needed + 2 > width:
             chunks.append([])
             used = least
         chunks[-1].append(column)
-        used += needed + 1
+        used += needed + 2  # the gap between two columns
     return [_rich_table(sheet, chunk, "\n") for chunk in chunks]
 
 

@@ -142,7 +142,7 @@ def efficiency_sheet(group: Group, table: pd.DataFrame, against: str) -> Sheet:
             "GMAC: multiply-adds of one image's training forward (matrix products, convolutions, attention), counted "
             "and not timed; passes: how often an image goes through a backbone."
         )
-    work = [View(f"passes{SPACE}↓", tables.PASSES, lambda n: f"{n:.0f}"), View(f"GMAC{SPACE}↓", tables.MACS, one, -1)]
+    work = [View(f"GMAC (passes){SPACE}↓", tables.MACS, one, -1, tables.PASSES, lambda n: f"({n:.0f})")]
     views = [*views, *work, memory, time, _delta(), _seeds()]
     return _sheet(table, views, [*_notes(group, table, against), *notes])
 

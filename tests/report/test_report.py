@@ -398,6 +398,7 @@ def test_tables_fit_the_terminal(tmp_path, width):
     shown = report(tmp_path, width=width)
     assert max(map(len, shown.splitlines())) <= width
     assert "…" not in shown and "12.34" in shown and "seeds" in shown
+    assert "fine-tuning" in shown.replace("\nfine-tuning\n", "")  # a word of the method's name is never broken
 
 
 def test_markdown_survives_pipes_and_brackets(tmp_path):
