@@ -50,14 +50,16 @@ def panels(count: int, width: float = 3.2, height: float = 2.6, columns: int = 4
 
 def legend_below(figure: Figure, axes: plt.Axes, columns: int = 3) -> None:
     handles, labels = axes.get_legend_handles_labels()
+    figure.set_figheight(figure.get_figheight() + 0.19 * -(-len(labels) // columns))  # no room of the axes
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def caption(figure: Figure, lines: Sequence[str]) -> None:
     """Where the figures come from, small, above them; as wide as the figure."""
     width = int(figure.get_figwidth() * CHARACTERS)
-    text = "\n".join(part for line in lines for part in textwrap.wrap(line, width))
-    figure.suptitle(text, x=0.01, ha="left", fontsize=6.5, color="#555555")
+    parts = [part for line in lines for part in textwrap.wrap(line, width)]
+    figure.set_figheight(figure.get_figheight() + 0.12 * len(parts))
+    figure.suptitle("\n".join(parts), x=0.01, ha="left", fontsize=6.5, color="#555555")
 
 
 def plain(value: float, _: int) -> str:

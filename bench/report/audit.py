@@ -30,7 +30,6 @@ from bench.tasks import TASKS, delta_m
 Verdict = Literal["agrees", "rounding", "disagrees", "not checked"]
 ABOUT = 0.1  # "~" in a text allows so much, relatively
 DECODERS = ("Fine-tuning Decoders", "Decoder-only fine-tuning")
-BASELINE = "single-task full fine-tuning"
 # Channels of the twelve blocks of Swin-T, whose widths the formulas of the VMT-Adapter paper sum over.
 SWIN_TINY_BLOCKS = (96,) * 2 + (192,) * 2 + (384,) * 6 + (768,) * 2
 DIRECTIONS = {task: TASKS[task].headline.higher_is_better for task in published.TASKS} | {
@@ -112,7 +111,7 @@ def _place(row: Mapping[str, Any]) -> str:
 
 def _baseline(rows: pd.DataFrame, source: str) -> dict[str, Any] | None:
     own = rows[rows["source"] == source]
-    return next((r for r in own.to_dict("records") if published.canonical(r["row"]) == BASELINE), None)
+    return next((r for r in own.to_dict("records") if published.canonical(r["row"]) == published.BASELINE), None)
 
 
 def _delta(rows: pd.DataFrame) -> Iterator[Finding]:
@@ -196,7 +195,7 @@ def _references(rows: pd.DataFrame) -> Iterator[Finding]:
     """Delta-m needs the single-task row of the same backbone."""
     for (source, backbone), own in rows[rows["delta_m"].notna()].groupby(["source", "backbone"], sort=False):
         known = {published.canonical(r) for r in rows[rows["backbone"] == backbone]["row"]}
-        if BASELINE not in known:
+        if published.BASELINE not in known:
             yield Finding(
                 "reference", source, f"{len(own)} rows on {backbone}", "delta-m without a printed single-task row",
                 ", ".join(f"{v:+.2f}" for v in own["delta_m"]), "no reference is printed", "not checked",

@@ -155,8 +155,21 @@ def sheet(table: PaperTable, rows: pd.DataFrame, bundle: Sequence[Group]) -> She
         where.append("Memory and time are of a CPU and the whole process: no stand-in for a GPU's.")
     if "memory_gb" in table.columns:
         where.append('Memory: measured in GiB (2^30 bytes); the paper prints "GB" without saying which.')
+    unknown = _without_reference(rows) if "delta_m" in table.columns else []
+    if unknown:
+        where.append(
+            f"No single-task row is printed for {', '.join(unknown)}: against what {published.MARK} Δm is taken there "
+            "is not known."
+        )
     headers = ["Method", *(COLUMNS[column][0] for column in table.columns)]
     return Sheet(headers, lines, [*(f"({letters.mark(text)}) {text}" for text in letters.texts), *where])
+
+
+def _without_reference(rows: pd.DataFrame) -> list[str]:
+    """Backbones with a printed Delta-m and no printed single-task row, in any table."""
+    every = published.load()
+    known = {r["backbone"] for r in every.to_dict("records") if published.canonical(r["row"]) == published.BASELINE}
+    return [b for b in rows[BACKBONE].drop_duplicates() if b not in known]
 
 
 def _cell(row: Mapping[str, Any], column: str) -> Cell:

@@ -22,6 +22,7 @@ TASKS = ("semseg", "human_parts", "saliency", "normals")  # percent, percent, pe
 TEXT = ("source", "row", "family", "backbone", "pretraining", "dataset", "decoder", "normals_as")
 NUMBERS = ("table", *TASKS, "delta_m", "tp_m", "encoder_m", "memory_gb", "seconds_per_batch")
 MARK = "†"
+BASELINE = "single-task full fine-tuning"  # canonical
 
 
 def load() -> pd.DataFrame:

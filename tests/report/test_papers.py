@@ -67,6 +67,7 @@ def test_backbones_share_a_paper_table_and_other_settings_do_not(tmp_path):
     assert rows.loc[("swin_small", "Ours"), "memory_gb, measured"] == 3.0
     assert rows.loc[("swin_base", "Ours"), "status"] == "not run"
     shown = report_table("bdta/2", tmp_path)
+    assert "No single-task row is printed for swin_small, swin_base" in " ".join(shown.split())
     assert shown.count("Table 2, rerun") == 2 and "bench run --suite table2" in shown
 
 
