@@ -223,10 +223,13 @@ def audit(
     json: Annotated[bool, typer.Option("--json", help="Every check as JSON.")] = False,
 ) -> None:
     """Recompute what the papers print, and print each disagreement with both values."""
+    from bench import count as counting
     from bench.report import audit
 
     with Console(stderr=True).status("reading") as status:
-        pairs, count = audit.counting(lambda what: status.update(f"counting {escape(what)}")) if counts else ([], None)
+        pairs, count = [], None
+        if counts:
+            pairs, count = counting.of_published_rows(lambda what: status.update(f"counting {escape(what)}"))
         found = audit.findings(count) + (audit.own_counts(pairs, count) if count else [])
     if json:
         print(audit.as_json(found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pandas as pd
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bench import grid, resources
 from bench.data import card as cards
 from bench.errors import BenchError
 from bench.report import published
@@ -63,6 +65,25 @@ def counts(
     if not rows:
         raise BenchError(f"none of the methods can run on {backbones}")
     return pd.DataFrame(rows)
+
+
+def of_published_rows(tell: Callable[[str], None]) -> tuple[list[tuple[str, str]], Callable[[str, str], float]]:
+    """(expression, row of the papers' tables) of every suite, and a function (expression, backbone) -> millions of
+    trainable parameters under `published`, for the tasks of PASCAL-Context. `tell` hears what is being counted."""
+    from methods.registry import parse
+
+    pairs = {}
+    for suite in resources.names("suites"):
+        for configured in parse(grid.load_suite(suite).settings.methods):
+            if configured.published_row:
+                pairs[configured.expression] = configured.published_row
+
+    @functools.cache
+    def counted(expression: str, backbone: str) -> float:
+        tell(f"{expression} on {backbone}")
+        return float(counts(expression, backbone, "pascal_context", None, (448, 448))[PUBLISHED].iloc[0])
+
+    return list(pairs.items()), counted
 
 
 def markdown(table: pd.DataFrame) -> str:

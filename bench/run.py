@@ -12,16 +12,16 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bench.data import card as cards
-from bench.errors import BenchError, first_line
+from bench.errors import BenchError
+from bench.failure import classify
 from bench.measure import gpu_state, provenance
-from bench.record import Estimated, Failure, MethodInfo, Parameters, Record, Status, Weights
+from bench.record import Estimated, MethodInfo, Parameters, Record, Weights
 from bench.spec import Job, RunSpec
 from methods.registry import MethodError, parse
 
@@ -142,6 +142,7 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     train_set = samples("train", spec.limit_train, augment=recipe.augment, seed=spec.seed)
     total_steps = spec.steps or spec.epochs * steps_per_epoch(len(train_set), spec.batch_size)
     emit("phase", name="train")
+    job.trained_path.unlink(missing_ok=True)  # of an earlier run of the cell
     trainer = Trainer(build(), recipe, spec.batch_size, total_steps, accelerator)
     if trainer.plain_model.prepare is not None:
         batches = losses_by_batch(trainer, train_set, spec.batch_size)
@@ -210,29 +211,6 @@ def blank_record(job: Job) -> Record:
     about = provenance.describe(job.spec.device, job.device_name)
     about.data_fingerprint = job.spec.data_fingerprint
     return Record(status="interrupted", spec=job.spec, method=method_info(job.spec.method), provenance=about)
-
-
-def classify(error: BaseException) -> tuple[Status, Failure]:
-    """An exception as a record's status and failure."""
-    text = str(error).strip()
-    kind = type(error).__name__
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted", Failure(
-            kind=kind, message="interrupted; the same command goes on from the last checkpoint"
-        )
-    trace = "".join(traceback.format_exception(error))
-    memory = kind == "OutOfMemoryError" or isinstance(error, MemoryError)
-    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # the last one is cuBLAS's and cuDNN's
-    if memory or (isinstance(error, RuntimeError) and any(sign in text for sign in signs)):
-        return "out_of_memory", Failure(
-            kind=kind, message=first_line(error) if text else "out of memory", traceback=trace
-        )
-    if kind == "DivergedError":
-        return "diverged", Failure(kind=kind, message=text)
-    if isinstance(error, (BenchError, MethodError)):
-        # From a loader's worker process the message comes wrapped in that process's traceback.
-        return "failed", Failure(kind=kind, message=text.splitlines()[-1].removeprefix("bench.errors.BenchError: "))
-    return "failed", Failure(kind=kind, message=first_line(error), traceback=trace)
 
 
 def main() -> None:

@@ -148,7 +148,9 @@ def test_records_lie_at_the_documented_path_and_nothing_else_is_left(killed):
     folder = killed["out"] / "cpu" / "scenes" / LITE / "decoder_only"
     cell = killed["after"][0].spec.hash
     files = sorted(path for path in killed["out"].rglob("*") if path.is_file())
-    assert files == [folder / f"{cell}-s0.json", folder / f"{cell}-s1.json"]
+    assert files == sorted(
+        folder / f"{cell}-s{seed}.{end}" for seed in (0, 1) for end in ("json", "trained.safetensors")
+    )
 
 
 def test_a_record_is_complete(killed):
@@ -220,9 +222,9 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(resumed, killed):
     assert (after.history, after.metrics, after.per_class) == (alone.history, alone.metrics, alone.per_class)
 
 
-def test_nothing_but_the_record_is_left_in_the_end(resumed):
-    assert resumed["record after"].status == "ok"
-    assert resumed["files after"] == {".json"}
+def test_nothing_but_the_record_and_what_was_trained_is_left_in_the_end(resumed):
+    assert resumed["record after"].status == "ok" and resumed["record after"].trained_sha256
+    assert resumed["files after"] == {".json", ".trained.safetensors"}
 
 
 def test_a_second_interrupt_kills_the_cell_at_once():

@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from bench.errors import BenchError
-from bench.figures.front import front
 from bench.figures.style import COLOURS, caption, legend_below, look, panels, plain
 from bench.record import Record
 from bench.report import papers, published, tables
+from bench.report.front import front
 from bench.report.groups import Group
 from bench.tasks import TASKS
 

@@ -12,6 +12,7 @@ import time
 
 from pydantic import BaseModel
 
+from bench.failure import classify
 from bench.recipe import Recipe
 from bench.spec import MemoryUse, Precision, Protocol
 
@@ -45,7 +46,6 @@ def answer(request: Request) -> Answer:
 
     from bench.measure.models import random_model
     from bench.measure.profile import resident_peak, settle, synthetic_batch
-    from bench.run import classify
     from bench.train.loop import Trainer
     from methods.registry import parse
 

@@ -7,7 +7,6 @@ rounding can explain. No torch, but for the counts.
 from __future__ import annotations
 
 import ast
-import functools
 import itertools
 import json
 import math
@@ -68,26 +67,6 @@ def own_counts(pairs: Iterable[tuple[str, str]], count: Callable[[str, str], flo
                 what = f"#TP of {expression}"
                 found.append(_finding("own count", printed, what, printed["tp_m"], ours, 0.005, places=2))
     return list(dict.fromkeys(found))
-
-
-def counting(tell: Callable[[str], None]) -> tuple[list[tuple[str, str]], Callable[[str, str], float]]:
-    """Every (expression, published row) of the suites that rerun the papers' tables, and `count` for `findings`."""
-    from bench import count, grid, resources
-    from methods.registry import parse
-
-    pairs = {}
-    for suite in resources.names("suites"):
-        settings = grid.load_suite(suite).settings
-        for configured in parse(settings.methods):
-            if configured.published_row:
-                pairs[configured.expression] = configured.published_row
-
-    @functools.cache
-    def counted(expression: str, backbone: str) -> float:
-        tell(f"{expression} on {backbone}")
-        return float(count.counts(expression, backbone, "pascal_context", None, (448, 448))[count.PUBLISHED].iloc[0])
-
-    return list(pairs.items()), counted
 
 
 def _rows_of(rows: pd.DataFrame, row: str) -> list[dict[str, Any]]:

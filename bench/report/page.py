@@ -16,9 +16,9 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from bench.errors import BenchError
-from bench.figures.front import front
 from bench.record import Record, write_atomically
 from bench.report import published, tables
+from bench.report.front import front
 from bench.report.groups import Group, weights_of
 from bench.tasks import TASKS
 

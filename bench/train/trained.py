@@ -28,12 +28,12 @@ def save_trained(model: MultiTaskModel, path: Path) -> str:
 
 def load_trained(model: MultiTaskModel, path: Path, sha256: str) -> None:
     """Put it into the same model, built anew. Raises BenchError for another file or another model."""
-    if not path.is_file():
+    if not path.is_file() or not sha256:
         raise BenchError(
             f"no trained weights {path.name} beside the record: it was written before they were kept, or with "
             "--no-keep-weights; `bench run ... --fresh` trains the cell again"
         )
-    if sha256 and digest(path) != sha256:
+    if digest(path) != sha256:
         raise BenchError(f"{path} is not the file that its record names (SHA-256 differs); train the cell again")
     try:
         model.load_trained_state(load_file(path))

@@ -15,10 +15,10 @@ from bench.cli import app
 from bench.errors import BenchError
 from bench.figures import from_records
 from bench.figures.from_records import FIGURES, Choice
-from bench.figures.front import front
 from bench.figures.style import COLOURS, look
 from bench.record import Estimated, Memory, MethodInfo
 from bench.report import tables
+from bench.report.front import front
 from tests.report.records import groups, make
 
 FOUR = {"semseg": 70.0, "human_parts": 60.0, "saliency": 65.0, "normals": 16.0}

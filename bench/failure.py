@@ -1,0 +1,32 @@
+"""What an exception means for a cell: out of memory, diverged, interrupted, or a failure of another kind."""
+
+from __future__ import annotations
+
+import traceback
+
+from bench.errors import BenchError, first_line
+from bench.record import Failure, Status
+from methods.registry import MethodError
+
+
+def classify(error: BaseException) -> tuple[Status, Failure]:
+    """An exception as a record's status and failure."""
+    text = str(error).strip()
+    kind = type(error).__name__
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", Failure(
+            kind=kind, message="interrupted; the same command goes on from the last checkpoint"
+        )
+    trace = "".join(traceback.format_exception(error))
+    memory = kind == "OutOfMemoryError" or isinstance(error, MemoryError)
+    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # the last one is cuBLAS's and cuDNN's
+    if memory or (isinstance(error, RuntimeError) and any(sign in text for sign in signs)):
+        return "out_of_memory", Failure(
+            kind=kind, message=first_line(error) if text else "out of memory", traceback=trace
+        )
+    if kind == "DivergedError":
+        return "diverged", Failure(kind=kind, message=text)
+    if isinstance(error, (BenchError, MethodError)):
+        # From a loader's worker process the message comes wrapped in that process's traceback.
+        return "failed", Failure(kind=kind, message=text.splitlines()[-1].removeprefix("bench.errors.BenchError: "))
+    return "failed", Failure(kind=kind, message=first_line(error), traceback=trace)
