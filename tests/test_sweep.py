@@ -195,7 +195,7 @@ def resumed(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         results["events"] = at_step(patch, None, None)
         results["resumed"] = bench(*args)
-    results["files after"] = {path.suffix for path in folder.rglob("runs/**/*") if path.is_file()}
+    results["files after"] = {path.name.partition(".")[2] for path in folder.rglob("runs/**/*") if path.is_file()}
     results["record after"] = only(folder / "runs")
     return results
 
