@@ -178,12 +178,16 @@ def report(
     """Tables 1 and 2 from records, beside the published figures; also as markdown, LaTeX, JSON and CSV."""
     from bench.report import papers, render
 
+    if table and (mix or html or reference):
+        raise BenchError("--table is a paper's own: leave --reference, --mix and --html out")
+    if html and mix:
+        raise BenchError("--html has the rows of all settings in one table anyway: leave --mix out")
     if table:
         papers.report(table, folder, save, Console(), json)
         return
     out = save or folder / "report"
     if html:
-        render.page(folder, out, reference, gallery or [], Console(), mix)
+        render.page(folder, out, reference, gallery or [], Console())
         return
     render.report(folder, out, reference, Console(quiet=True) if json else Console(), mix)
     if json:

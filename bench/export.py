@@ -44,7 +44,11 @@ def export(trained: Trained, out: Path, images: Sequence[Path], console: Console
         raise BenchError(f"{spec.method} cannot be exported: {type(error).__name__}: {first_line(error)}") from error
     path = out / "model.pt2"
     torch.export.save(program, path)
-    worst = check(model, torch.export.load(path).module(), samples)
+    try:
+        worst = check(model, torch.export.load(path).module(), samples)
+    except BenchError:
+        path.unlink()
+        raise
     write_atomically(out / "README.md", model_card(trained, worst, which))
     console.print(f"wrote trained.safetensors, record.json, README.md and model.pt2 to {out}", soft_wrap=True)
     console.print(f"exported model against PyTorch on {which}: largest relative difference {max(worst.values()):.1e}")

@@ -96,7 +96,9 @@ def table(
                 row |= {"peak": answers[best].peak, "seconds": answers[best].seconds} if best else {}
                 row |= {"images a second": best / answers[best].seconds} if best else {}
             except BenchError as error:
-                row |= {"reason": str(error)}
+                fitting = max((batch for batch, answer in answers.items() if answer.fits), default=None)
+                found = f"; a batch of {fitting} had fit" if fitting else ""
+                row |= {"reason": f"{error}{found}", "tries": len(answers)}
             rows.append(row)
     columns = ["method", "batch", "peak", "seconds", "images a second", "tries", "reason"]
     return pd.DataFrame(rows, columns=columns)

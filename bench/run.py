@@ -160,8 +160,6 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
         job.probes,
     )
     record.history, record.loader_wait, record.cosines = progress.history, progress.loader_wait, progress.cosines
-    if job.keep_weights:
-        record.trained_sha256 = save_trained(trainer.plain_model, job.trained_path)
 
     emit("phase", name="evaluate")
     val_set = samples("val", spec.limit_val, original_labels=spec.eval_size == "original")
@@ -181,6 +179,8 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     record.per_class = {
         task: dict(zip(card.tasks[task].classes, values, strict=True)) for task, values in per_class.items()
     }
+    if job.keep_weights:
+        record.trained_sha256 = save_trained(trainer.plain_model, job.trained_path)
 
 
 def estimated(build: Callable[[], MultiTaskModel], spec: RunSpec) -> Estimated:

@@ -33,7 +33,7 @@ On a backbone without a patch-merging layer the task maps go through 2x2 average
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -110,7 +110,7 @@ class Injection(nn.Module):
 
 
 class BDTA(nn.Module):
-    """One stage of the task branch (eq. 3-8). `plain`: T2G's queries are worked out for every task anew."""
+    """One stage of the task branch (eq. 3-8). `plain`: what all tasks share is worked out for each anew."""
 
     plain = False
 
@@ -138,6 +138,9 @@ class BDTA(nn.Module):
     def forward(self, general: Tensor, task: Tensor) -> Tensor:
         """general (B, H, W, C), task (1 or K, B, H, W, C) -> (K, B, H, W, C)."""
         f = self.project_general(general).unsqueeze(0)
+        if self.plain:
+            adapters = (self.g2t or self.t2g).adapters
+            task = task.expand(len(adapters), *task.shape[1:])  # in the first stage one map stands for all tasks
         a = self.project_task(task)
         if self.g2t is not None:
             a = self.g2t(a, f)
@@ -300,6 +303,6 @@ register(
         citation="Yao et al., AAAI 2026",
         build=build,
         options=Options,
-        rows=lambda options: _ROWS.get(replace(options, form="fast")),
+        rows=_ROWS.get,
     )
 )

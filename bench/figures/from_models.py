@@ -36,9 +36,12 @@ def predictions(cells: Sequence[Trained], root: Path | None, count: int) -> Figu
     """Predictions of several cells below image and truth, for every task (BDTA, Fig. 5)."""
     first = cells[0]
     tasks = first.record.spec.tasks
-    if any(cell.record.spec.tasks != tasks or cell.card.name != first.card.name for cell in cells):
-        raise BenchError("the records are of different tasks or data sets: one picture cannot show them")
+    if any(cell.record.spec.tasks != tasks or cell.card.name != first.card.name for cell in cells) or any(
+        cell.record.spec.image_size != first.record.spec.image_size for cell in cells
+    ):
+        raise BenchError("the records are of different tasks, data sets or image sizes: one picture cannot show them")
     samples = validation(first, root, count)
+    count = len(samples)
     rows = count * (1 + len(cells))
     figure, axes = panels(rows * (1 + len(tasks)), 1.7, 1.7 * samples.size[0] / samples.size[1], 1 + len(tasks))
     grid = np.array(axes).reshape(rows, -1)
@@ -85,6 +88,7 @@ def features(cell: Trained, root: Path | None, count: int) -> Figure:
     directions in which the maps vary most, as red, green and blue."""
     samples = validation(cell, root, count)
     tasks = cell.record.spec.tasks
+    count = len(samples)
     figure, axes = panels(4 * count * (2 + len(tasks)), 1.5, 1.5 * samples.size[0] / samples.size[1], 2 + len(tasks))
     grid = np.array(axes).reshape(4 * count, -1)
     for index in range(count):

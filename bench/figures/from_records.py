@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -225,19 +226,32 @@ def _varying_alone(points: list[tuple[float, Row]], option: str) -> list[tuple[f
 
 
 def ablation(groups: Sequence[Group], choice: Choice) -> Drawn:
-    """Delta-m of each method over backbones and decoders (VMT-Adapter, Fig. 5)."""
-    bars: dict[str, dict[tuple[str, str], tuple[float, float]]] = {}
-    about: list[str] = []
+    """Delta-m of each method over backbones and decoders (VMT-Adapter, Fig. 5); a figure for each set of records that
+    differ in nothing else."""
+    sets: dict[str, list[tuple[Group, list[Row]]]] = {}
+    apart = ("backbone", "weights", "weights_used", "decoder", "protocol")
     for group, rows in _trained(groups, choice.reference):
-        about += [textwrap.shorten(group.title, 180)]
-        decoder = group.spec.decoder or ("segformer" if group.spec.protocol == "equal" else "the paper's own decoder")
-        for row in rows:
-            if row.records[0].method.name != tables.BASELINE:
-                key = (published.short_backbone(group.spec.backbone), decoder)
-                half = row.values[tables.interval(tables.DELTA)]
-                bars.setdefault(row.title, {})[key] = (row.values[tables.DELTA], half)
-    if len({key for values in bars.values() for key in values}) < 2:
-        raise BenchError("all records share one backbone and one decoder: there is nothing to set side by side")
+        common = {k: v for k, v in group.key.items() if k not in apart} | {"random": group.random}
+        sets.setdefault(json.dumps(common, sort_keys=True), []).append((group, rows))
+    drawn = False
+    for members in sets.values():
+        bars: dict[str, dict[tuple[str, str], tuple[float, float]]] = {}
+        for group, rows in members:
+            decoder = group.spec.decoder or (
+                "segformer" if group.spec.protocol == "equal" else "the paper's own decoder"
+            )
+            for row in rows:
+                if row.records[0].method.name != tables.BASELINE:
+                    half = row.values[tables.interval(tables.DELTA)]
+                    bars.setdefault(row.title, {})[group.spec.backbone, decoder] = (row.values[tables.DELTA], half)
+        if len({key for values in bars.values() for key in values}) > 1:
+            drawn = True
+            yield members[0][0].slug, _bars(bars, [textwrap.shorten(group.title, 180) for group, _ in members])
+    if not drawn:
+        raise BenchError("no records differ in backbone or decoder alone: there is nothing to set side by side")
+
+
+def _bars(bars: Mapping[str, Mapping[tuple[str, str], tuple[float, float]]], about: Sequence[str]) -> Figure:
     keys = sorted({key for values in bars.values() for key in values})
     figure, (axis,) = panels(1, max(4.0, 0.5 * len(bars) * len(keys) + 1.5), 2.8)
     width = 0.8 / len(keys)
@@ -256,7 +270,7 @@ def ablation(groups: Sequence[Group], choice: Choice) -> Drawn:
     axis.grid(axis="x", visible=False)
     legend_below(figure, axis, 2)
     caption(figure, [*about[:3], *([f"and {len(about) - 3} more settings"] if len(about) > 3 else [])])
-    yield "backbones-and-decoders", figure
+    return figure
 
 
 def gradients(groups: Sequence[Group], choice: Choice) -> Drawn:
@@ -288,7 +302,7 @@ def gradients(groups: Sequence[Group], choice: Choice) -> Drawn:
         caption(figure, _about(group))
         yield group.slug, figure
     if not drawn:
-        raise BenchError("no record holds gradient cosines; bench run --probe-gradients 100 takes them")
+        raise BenchError("no record holds gradient cosines: bench run --probe-gradients 100 --fresh takes them")
 
 
 def similarity(groups: Sequence[Group], choice: Choice) -> Drawn:

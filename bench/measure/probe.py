@@ -50,12 +50,12 @@ def answer(request: Request) -> Answer:
     from methods.registry import parse
 
     try:
+        (method,) = parse(request.method)  # every import before the limit
         if request.limit is not None:
             _limit(request.limit, request.cuda)
         mixed = request.precision if request.precision in ("bf16", "fp16") else "no"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = request.precision == "tf32"
         accelerator = Accelerator(mixed_precision=mixed, cpu=not request.cuda)
-        (method,) = parse(request.method)
         model = random_model(
             method, request.backbone, request.image_size, request.channels, request.protocol, request.memory
         )
@@ -70,6 +70,8 @@ def answer(request: Request) -> Answer:
         status, failure = classify(error)
         return Answer(fits=False, error="" if status == "out_of_memory" else f"{failure.kind}: {failure.message}")
     peak = torch.cuda.max_memory_allocated() if request.cuda else resident_peak()
+    if request.limit is not None and peak > request.limit:  # the kernel counts private memory, not all that is resident
+        return Answer(fits=False)
     return Answer(fits=True, peak=peak, seconds=time.perf_counter() - start)
 
 

@@ -165,7 +165,7 @@ def _headings(rows: pd.DataFrame) -> Iterator[Finding]:
         decoders = own["decoder"][own["decoder"] != ""].drop_duplicates().tolist()
         verdict: Verdict = "agrees" if len(decoders) <= 1 else "disagrees"
         yield Finding(
-            "decoder", source, f"Table {table:.0f}", "#TP of all rows is with one decoder", "one column",
+            "decoder", source, f"Table {table:.0f}", "one decoder for all of #TP (as the counts fit)", "one column",
             " and ".join(decoders), verdict,
         )  # fmt: skip
 
@@ -190,7 +190,8 @@ def _formulas(rows: pd.DataFrame) -> Iterator[Finding]:
         values = {"T": 4, "L": 1, "rho": float(formula["rho"]), "m": float(formula["m"] or "nan")}
         total = sum(_evaluate(formula["parameters"], values | {"d": d}) for d in SWIN_TINY_BLOCKS)
         setting = ", ".join(f"{k} = {formula[k]}" for k in ("rho", "m") if formula[k])
-        what = f"encoder by Table {formula['table']}'s {formula['parameters']}, block by block, {setting}"
+        fitted = "" if formula["m"] or formula["row"] == "VMT-Adapter" else ", fitted: the paper prints none"
+        what = f"encoder by Table {formula['table']}'s {formula['parameters']}, block by block, {setting}{fitted}"
         yield _finding("formula", printed, what, printed["encoder_m"], total / 1e6, 0.005, 2)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -53,7 +53,8 @@ def cells(folder: Path) -> Cells:
     found: Cells = {}
     for item in collect(folder)[0]:
         spec = item.record.spec
-        name = f"{spec.method} · {spec.backbone.partition('.')[0]} · {spec.dataset} · {spec.device}"
+        parts = (spec.method, spec.backbone, spec.dataset, spec.protocol, spec.precision, spec.device, spec.hash)
+        name = " · ".join(parts)
         found.setdefault((spec.hash, name), []).append(item.record)
     return found
 
@@ -83,8 +84,12 @@ def _compare(name: str, before: Sequence[Record], after: Sequence[Record], thres
         yield Change(name, "status", None, None, None, verdict, f"{was} -> {now}")
         return
     one, other = good
+    yield from _seeds(name, before, after)
     counts = [next((r.parameters.trainable for r in records if r.parameters), None) for records in (one, other)]
     yield from _exact(name, "trainable parameters", *counts)
+    shared = {r.spec.seed for r in one} & {r.spec.seed for r in other}
+    if shared:  # the same seeds on both sides: what they share is no difference
+        one, other = ([r for r in records if r.spec.seed in shared] for records in (one, other))
     devices = [{r.provenance.device_name for r in records if r.provenance} for records in (one, other)]
     if devices[0] != devices[1]:
         names = [", ".join(sorted(each)) for each in devices]
@@ -101,6 +106,22 @@ def _exact(name: str, figure: str, a: int | None, b: int | None) -> Iterator[Cha
         yield Change(name, figure, a, b, b / a - 1 if a else None, verdict)
 
 
+def _seeds(name: str, before: Sequence[Record], after: Sequence[Record]) -> Iterator[Change]:
+    """Seeds that were good and are not any more, or are not there."""
+    now = {record.spec.seed: record.status for record in after}
+    for record in before:
+        status = now.get(record.spec.seed)
+        if record.status == "ok" and status != "ok":
+            told = status.replace("_", " ") if status else "gone"
+            yield Change(name, f"seed {record.spec.seed}", None, None, None, "worse", f"ok -> {told}")
+
+
+def _lost(name: str, figure: str, a: bool, b: bool) -> Iterator[Change]:
+    """A figure that was there and is not any more."""
+    if a and not b:
+        yield Change(name, figure, None, None, None, "worse", "no figure any more")
+
+
 def _memory(name: str, one: Sequence[Record], other: Sequence[Record], thresholds: Thresholds) -> Iterator[Change]:
     for field, figure in (
         ("peak_allocated", "peak allocated, bytes"),
@@ -113,6 +134,7 @@ def _memory(name: str, one: Sequence[Record], other: Sequence[Record], threshold
             max((getattr(r.memory, field) for r in records if r.memory and getattr(r.memory, field)), default=None)
             for records in (one, other)
         ]
+        yield from _lost(name, figure, bool(peaks[0]), bool(peaks[1]))
         if all(peaks):
             # A CPU's resident peak holds imports and caches; it moves by some percent by itself.
             threshold = thresholds.memory if cuda else max(thresholds.memory, 0.05)
@@ -121,6 +143,7 @@ def _memory(name: str, one: Sequence[Record], other: Sequence[Record], threshold
 
 def _time(name: str, one: Sequence[Record], other: Sequence[Record], thresholds: Thresholds) -> Iterator[Change]:
     samples = [[s for r in records if r.time for s in r.time.samples] for records in (one, other)]
+    yield from _lost(name, "seconds a batch", bool(samples[0]), bool(samples[1]))
     if all(samples):
         medians = [statistics.median(each) for each in samples]
         yield _relative(name, "seconds a batch", *medians, thresholds.time, _noise_of_medians(*samples), False)
@@ -141,16 +164,25 @@ def _noise_of_medians(a: Sequence[float], b: Sequence[float]) -> float:
 def _metrics(name: str, one: Sequence[Record], other: Sequence[Record], thresholds: Thresholds) -> Iterator[Change]:
     for task in one[0].spec.tasks:
         metric = TASKS[task].headline
-        values = [
-            [v for r in records if (v := r.metrics.get(task, {}).get(metric.key)) is not None]
+        found = [
+            {r.spec.seed: v for r in records if (v := r.metrics.get(task, {}).get(metric.key)) is not None}
             for records in (one, other)
         ]
-        if all(values):
-            means = [statistics.fmean(each) for each in values]
-            spread = [statistics.variance(each) / len(each) if len(each) > 1 else 0.0 for each in values]
-            figure = f"{TASKS[task].title} {metric.title}"
-            noise = 2 * sum(spread) ** 0.5
+        figure = f"{TASKS[task].title} {metric.title}"
+        yield from _lost(name, figure, bool(found[0]), bool(found[1]))
+        if all(found):
+            means = [statistics.fmean(each.values()) for each in found]
+            noise = 2 * _error(*found)
             yield _relative(name, figure, *means, thresholds.metric, noise, metric.higher_is_better)
+
+
+def _error(one: Mapping[int, float], other: Mapping[int, float]) -> float:
+    """Standard error of the difference of the means: over pairs of the same seed where there are two or more."""
+    shared = sorted(set(one) & set(other))
+    if len(shared) > 1:
+        return (statistics.variance([other[seed] - one[seed] for seed in shared]) / len(shared)) ** 0.5
+    spread = [statistics.variance(v.values()) / len(v) if len(v) > 1 else 0.0 for v in (one, other)]
+    return sum(spread) ** 0.5
 
 
 def _relative(

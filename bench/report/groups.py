@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,6 @@ class Group:
     slug: str
     marks: tuple[str, ...]
     found: tuple[Found, ...]
-    variants: Mapping[str, str] = field(default_factory=dict)  # of mixed records: identity of the setting -> in words
 
     @property
     def spec(self) -> RunSpec:
@@ -65,20 +64,10 @@ class Group:
 
     def methods(self) -> list[list[Record]]:
         """The records of each method (its seeds), by family and then title."""
-        by_method: dict[tuple[str, str], list[Record]] = {}
+        by_method: dict[str, list[Record]] = {}
         for item in self.found:
-            by_method.setdefault((item.record.spec.method, self.variant(item.record)), []).append(item.record)
+            by_method.setdefault(item.record.spec.method, []).append(item.record)
         return sorted(by_method.values(), key=lambda records: _order(records[0]))
-
-    def variant(self, record: Record) -> str:
-        """What sets the record's setting apart from others in a mixed group, in words; "" elsewhere."""
-        return self.variants.get(json.dumps(_whole(record), sort_keys=True), "") if self.variants else ""
-
-
-def _whole(record: Record) -> dict[str, Any]:
-    """Setting, device and weights of a record, flat: `recipe.optimizer.lr` and the like."""
-    device, weights = _place(record)
-    return _flat(record.spec.setting() | {"device_used": device or record.spec.device, "weights_used": weights})
 
 
 def _flat(setting: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -105,28 +94,37 @@ def _short(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def mixed(found: Iterable[Found]) -> list[Group]:
-    """One group for all records of the same tasks and kind of device, whatever else sets them apart: each row then says
-    how its setting differs from the others'."""
-    buckets: dict[tuple, list[Found]] = {}
-    for item in found:
-        buckets.setdefault((item.record.spec.tasks, item.record.spec.device_kind), []).append(item)
+@dataclass(frozen=True)
+class Mixture:
+    """Groups that one table shall hold all the same: `labels` say what sets each apart, in their order."""
+
+    groups: tuple[Group, ...]
+    labels: tuple[str, ...]
+    title: str
+    slug: str
+    marks: tuple[str, ...]
+
+
+def mixtures(apart: Sequence[Group]) -> list[Mixture]:
+    """One for the groups of the same tasks and kind of device. Figures stay those of each group: its own baseline, its
+    own seeds; nothing is averaged across settings."""
+    buckets: dict[tuple, list[Group]] = {}
+    for group in apart:
+        buckets.setdefault((group.spec.tasks, group.spec.device_kind), []).append(group)
     made = []
-    for (tasks, kind), items in buckets.items():
-        settings = {json.dumps(setting, sort_keys=True): setting for setting in (_whole(i.record) for i in items)}
-        keys = sorted({key for setting in settings.values() for key in setting})
-        varying = [key for key in keys if len({json.dumps(s.get(key)) for s in settings.values()}) > 1]
+    for (tasks, kind), members in buckets.items():
+        settings = [_flat(group.key) for group in members]
+        keys = sorted({key for setting in settings for key in setting})
+        varying = [key for key in keys if len({json.dumps(setting.get(key)) for setting in settings}) > 1]
         told = [key for key in varying if COVERED.get(key) not in varying]
-        variants = {
-            identity: ", ".join(f"{key.rpartition('.')[2]} {_short(setting.get(key))}" for key in told)
-            for identity, setting in settings.items()
-        }
-        apart = groups(items)
+        labels = [
+            ", ".join(f"{key.rpartition('.')[2]} {_short(setting.get(key))}" for key in told) for setting in settings
+        ]
         marks = [f"MIXED, NOT COMPARABLE: rows differ in {', '.join(varying)}"] if varying else []
-        marks += dict.fromkeys(mark for group in apart for mark in group.marks)
-        title = " · ".join([f"{len(apart)} settings mixed", ", ".join(tasks), kind]) if varying else apart[0].title
-        kept = tuple(item for group in apart for item in group.found)
-        made.append(Group(apart[0].key, title, f"mixed-{kind}-{len(tasks)}", tuple(marks), kept, variants))
+        marks += dict.fromkeys(mark for group in members for mark in group.marks)
+        title = " · ".join([f"{len(members)} settings mixed", ", ".join(tasks), kind]) if varying else members[0].title
+        slug = f"mixed-{kind}-{'-'.join(tasks)}" if varying else members[0].slug
+        made.append(Mixture(tuple(members), tuple(labels), title, slug, tuple(marks)))
     return made
 
 

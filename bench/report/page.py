@@ -26,9 +26,12 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # 
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star")
 GREY = "#8a8a8a"  # readable on white and on black
 INTEGERS = ("group", "seeds", "passes", "batch")
-COSTS = ("#TP M", "memory GiB", "s/batch", "GMAC")
-FIGURES = ("Δm %", *COSTS, "passes", "seeds", "status", "source")
-DIGITS = {"Depth m ↓": 3, "s/batch": 3, "GMAC": 1}
+MEMORY = {False: "memory GiB, GPU", True: "process GiB, CPU"}  # by whether it was a CPU; never in one column
+SECONDS = {False: "s/batch, GPU", True: "s/batch, CPU"}
+PRINTED = (f"memory GB {published.MARK}", f"s/batch {published.MARK}")  # another GPU, another GB
+COSTS = ("#TP M", *MEMORY.values(), *SECONDS.values(), "GMAC")
+FIGURES = ("Δm %", *COSTS, *PRINTED, "passes", "seeds", "status", "source")
+DIGITS = {"Depth m ↓": 3, **dict.fromkeys((*SECONDS.values(), PRINTED[1]), 3), "GMAC": 1}
 
 
 def write(
@@ -57,8 +60,8 @@ def _rows(number: int, group: Group, reference: str | None) -> list[dict[str, An
         row |= {_task(task): values[tables.headline(task)] for task in spec.tasks}
         row |= {
             "Δm %": values[tables.DELTA], "#TP M": values.get(tables.TP), "passes": values[tables.PASSES],
-            "GMAC": values[tables.MACS], "memory GiB": values[tables.CPU_PROCESS if cpu else tables.CUDA_ALLOCATED],
-            "s/batch": values[tables.CPU_MEDIAN if cpu else tables.CUDA_MEDIAN], "seeds": values[tables.SEEDS],
+            "GMAC": values[tables.MACS], MEMORY[cpu]: values[tables.CPU_PROCESS if cpu else tables.CUDA_ALLOCATED],
+            SECONDS[cpu]: values[tables.CPU_MEDIAN if cpu else tables.CUDA_MEDIAN], "seeds": values[tables.SEEDS],
             "status": values[tables.STATUS], "source": f"measured ({'CPU' if cpu else 'GPU'})",
         }  # fmt: skip
         rows.append(row | common)
@@ -73,7 +76,8 @@ def _rows(number: int, group: Group, reference: str | None) -> list[dict[str, An
             "source": f"published {published.MARK}", "dataset": printed["dataset"], "backbone": common["backbone"],
         }  # fmt: skip
         if cost:
-            row |= {"memory GiB": cost[0]["memory_gb"], "s/batch": cost[0]["seconds_per_batch"]}
+            row |= {f"memory GB {published.MARK}": cost[0]["memory_gb"],
+                    f"s/batch {published.MARK}": cost[0]["seconds_per_batch"]}  # fmt: skip
         rows.append(row)
     return rows
 
@@ -138,6 +142,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     frame = frame.drop(columns="anchor").assign(method=linked)
     first = ["method", "group", *(c for c in frame if c.endswith(("↑", "↓"))), *FIGURES]
+    first = [column for column in first if column in frame]
     frame = frame[[*first, *(c for c in frame if c not in first)]]
     text = frame.select_dtypes(["object", "string"]).columns.difference(["method"])
     frame[text] = frame[text].map(lambda value: html.escape(value) if isinstance(value, str) else value)

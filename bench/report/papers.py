@@ -131,10 +131,10 @@ def _measured(table: PaperTable, group: Group, records: list[Record]) -> dict[st
 
 def bundles(all_groups: Sequence[Group]) -> list[list[Group]]:
     """Groups that differ in backbone and its weights alone: the paper's tables put those side by side."""
-    apart = ("backbone", "weights", "weights_used", "data_fingerprint")
+    apart = ("backbone", "weights", "weights_used")
     made: dict[str, list[Group]] = {}
     for group in all_groups:
-        common = {key: value for key, value in group.key.items() if key not in apart}
+        common = {key: value for key, value in group.key.items() if key not in apart} | {"random": group.random}
         made.setdefault(json.dumps(common, sort_keys=True), []).append(group)
     return list(made.values())
 
@@ -149,8 +149,14 @@ def sheet(table: PaperTable, rows: pd.DataFrame, bundle: Sequence[Group]) -> She
         lines.append(Line(row[HEADING], False, [Cell(label), *(_cell(row, column) for column in table.columns)]))
     spec = bundle[0].spec
     where = [f"Upper figures are measured here; those marked {published.MARK} are printed in {_source(table)}."]
-    if not published.same_dataset(spec.dataset) and set(table.columns) & set(published.TASKS):
-        where.append(f"NOT COMPARABLE: measured on {spec.dataset}, printed for PASCAL-Context.")
+    other = [f"on {spec.dataset}"] if not published.same_dataset(spec.dataset) else []
+    other += [f"with the tasks {', '.join(spec.tasks)}"] if set(spec.tasks) != set(published.TASKS) else []
+    other += [f"under protocol {spec.protocol}"] if spec.protocol != "published" or spec.decoder else []
+    if other and "passes" not in table.columns:
+        where.append(
+            f"NOT COMPARABLE: measured {', '.join(other)}, printed for PASCAL-Context's four tasks and each paper's "
+            "own decoder."
+        )
     if spec.device_kind == "cpu" and "memory_gb" in table.columns:
         where.append("Memory and time are of a CPU and the whole process: no stand-in for a GPU's.")
     if "memory_gb" in table.columns:

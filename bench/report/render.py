@@ -14,7 +14,7 @@ from rich.text import Text
 
 from bench.record import REPORT, write_atomically
 from bench.report import latex, published, tables
-from bench.report.groups import Group, collect, differences, groups, mixed
+from bench.report.groups import Group, Mixture, collect, differences, groups, mixtures
 from bench.report.sheets import MISSING, Cell, Sheet, accuracy_sheet, efficiency_sheet
 
 LABEL_WIDTH = (14, 30)  # characters of the method column: at least, and what is granted before figures are stacked
@@ -116,9 +116,10 @@ def report(folder: Path, out: Path | None, reference: str | None, console: Conso
     it differs. Raises BenchError where there is no record, or none of `reference`.
     """
     found, problems = collect(folder)
-    all_groups = mixed(found) if mix else groups(found)
+    apart = groups(found)
     if reference is not None:
-        tables.check_reference(all_groups, reference)
+        tables.check_reference(apart, reference)
+    all_groups = mixtures(apart) if mix else apart
     out = folder / "report" if out is None else out
     parts = ["# Report", f"{len(found)} records in {len(all_groups)} groups. Only records of one group are comparable."]
     files: dict[str, str] = {}
@@ -126,15 +127,15 @@ def report(folder: Path, out: Path | None, reference: str | None, console: Conso
     for number, group in enumerate(all_groups, 1):
         say(console, f"\nGroup {number} of {len(all_groups)}: {group.title}", "bold")
         parts.append(f"## Group {number}: {_escaped(group.title)}")
-        apart = _apart(all_groups[: number - 1], group)
-        if apart:
-            say(console, apart, "dim")
-            parts.append(_escaped(apart))
+        why = "" if mix else _apart(all_groups[: number - 1], group)
+        if why:
+            say(console, why, "dim")
+            parts.append(_escaped(why))
         for mark in group.marks:
             say(console, f"! {mark}", "bold red")
             parts.append(f"> **{_escaped(mark)}**")
         said: set[str] = set()
-        for name, caption, table, sheet in _sheets(group, reference):
+        for name, caption, table, sheet in (_mixed_sheets if mix else _sheets)(group, reference):
             say(console, f"\n{caption}", "bold")
             for part in rich_tables(sheet, console.width):
                 console.print(part)
@@ -168,14 +169,12 @@ def report(folder: Path, out: Path | None, reference: str | None, console: Conso
     say(console, f"\nwrote report.md, report.tex, report.json and {len(files) - 3} CSV tables to {out}")
 
 
-def page(
-    folder: Path, out: Path, reference: str | None, gallery: Sequence[Path], console: Console, mix: bool = False
-) -> None:
+def page(folder: Path, out: Path, reference: str | None, gallery: Sequence[Path], console: Console) -> None:
     """Write out/report.html. Raises BenchError as `report` does, and for a picture that is none."""
     from bench.report import page
 
     found, problems = collect(folder)
-    all_groups = mixed(found) if mix else groups(found)
+    all_groups = groups(found)
     if reference is not None:
         tables.check_reference(all_groups, reference)
     page.write(all_groups, problems, reference, gallery, out / "report.html")
@@ -203,6 +202,27 @@ def _sheets(group: Group, reference: str | None) -> list[tuple[str, str, pd.Data
         made.append(("table1", f"Table 1. Accuracy{suffix}", table, accuracy_sheet(group, table, against)))
     table = tables.efficiency_table(group, reference, strict=False)
     made.append(("table2", f"Table 2. Efficiency{suffix}", table, efficiency_sheet(group, table, against)))
+    return made
+
+
+def _mixed_sheets(mixture: Mixture, reference: str | None) -> list[tuple[str, str, pd.DataFrame, Sheet]]:
+    """The tables of a mixture's groups, one below the other; each row says what is its group's own."""
+    frames: dict[str, list[tuple[str, Group, pd.DataFrame]]] = {}
+    for group, label in zip(mixture.groups, mixture.labels, strict=True):
+        for name, caption, table, _ in _sheets(group, reference):
+            if label:
+                table = table[table[tables.STATUS] != "published"]
+                table = table.assign(**{tables.METHOD: table[tables.METHOD] + f" · {label}"})
+            frames.setdefault(name, []).append((caption, group, table))
+    made = []
+    for name, parts in sorted(frames.items()):
+        caption, group, _ = parts[0]
+        table = pd.concat([part for *_, part in parts], ignore_index=True)
+        against = _against(group, reference)
+        if len(parts) > 1 and reference is None:
+            against = f"against {tables.BASELINE} of the same setting, where it was run"
+        make = accuracy_sheet if name == "table1" else efficiency_sheet
+        made.append((name, caption, table, make(group, table, against)))
     return made
 
 

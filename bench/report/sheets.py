@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import string
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -101,7 +101,7 @@ def accuracy_sheet(group: Group, table: pd.DataFrame, against: str) -> Sheet:
         plus_minus = functools.partial(lambda write, value: f"±{write(value)}", write)
         views.append(View(header, column, write, better, tables.interval(column), plus_minus))
     views += [
-        _delta(),
+        replace(_delta(), better=0) if group.random else _delta(),
         View("p paired", tables.P_VALUE, lambda p: "<0.001" if p < 0.001 else f"{p:.3f}"),
         View(f"#TP M{SPACE}↓", tables.TP, two, -1),
         View("publ. #TP M", tables.TP_PRINTED, two),
@@ -214,7 +214,8 @@ def _notes(group: Group, table: pd.DataFrame, against: str) -> list[str]:
     seeds = table[tables.SEEDS].dropna()
     if (seeds > 1).any():
         notes.append(
-            "Figures are means over the seeds; ± is half of the mean's 95 % confidence interval (Student's t)."
+            "Figures are means over the seeds; ± is half of the mean's 95 % confidence interval (Student's t); of "
+            "Δm over the baseline's run of the same seed where it has them all, else without the baseline's noise."
         )
     if tables.P_VALUE in table:
         notes.append("p: two-sided paired t-test over seeds of Δm against the best other row with three; uncorrected.")

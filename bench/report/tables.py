@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -80,6 +80,7 @@ class Baseline:
     title: str
     figures: Mapping[str, float] | None
     note: str = ""
+    by_seed: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
 
 
 def has_reference(group: Group, reference: str) -> bool:
@@ -110,7 +111,7 @@ def baseline(group: Group, reference: str | None = None) -> Baseline:
     figures = _figures(group, chosen[0])
     if figures.isna().all(axis=None):
         return Baseline(title, None, f"{missing}: its status is {_status(chosen[0])}")
-    return Baseline(title, figures.mean().to_dict())
+    return Baseline(title, figures.mean().to_dict(), by_seed=figures.to_dict("index"))
 
 
 def check_reference(all_groups: Iterable[Group], reference: str) -> None:
@@ -162,6 +163,8 @@ def measured_row(group: Group, records: Sequence[Record], against: Baseline) -> 
     """What a method's records say of accuracy and parameters: means over seeds and their 95 % intervals."""
     figures = _figures(group, records)
     deltas = pd.Series(_deltas_by_seed(group, records, against), dtype=float)
+    if (deltas == 0).all():  # the baseline itself
+        deltas = deltas[:1]
     row = _common(group, records) | _delta_cells(figures, against) | {interval(DELTA): half_width(deltas)}
     for task in group.spec.tasks:
         row |= {headline(task): figures[task].mean(), interval(headline(task)): half_width(figures[task])}
@@ -169,8 +172,15 @@ def measured_row(group: Group, records: Sequence[Record], against: Baseline) -> 
 
 
 def _deltas_by_seed(group: Group, records: Sequence[Record], against: Baseline) -> dict[int, float]:
+    """Each seed's Delta-m: against the baseline's run of the same seed where it has them all, so that what both share
+    and the baseline's own noise are in the differences; else against the baseline's mean."""
     figures = _figures(group, records)
-    return {seed: _delta(row, against)[0] for seed, row in zip(figures.index, figures.to_dict("records"), strict=True)}
+    paired = len(figures) > 1 and set(figures.index) <= set(against.by_seed)
+    found = {}
+    for seed, row in zip(figures.index, figures.to_dict("records"), strict=True):
+        base = Baseline(against.title, against.by_seed[seed]) if paired else against
+        found[seed] = _delta(row, base)[0]
+    return found
 
 
 def _floor(group: Group) -> dict[str, Any]:
@@ -240,15 +250,13 @@ def _status(records: Sequence[Record]) -> str:
 
 def _common(group: Group, records: Sequence[Record]) -> dict[str, Any]:
     first = records[0].method
-    variant = group.variant(records[0])
-    same = [others for others in group.methods() if group.variant(others[0]) == variant]
-    clash = sum(others[0].method.title == first.title for others in same) > 1
+    clash = sum(others[0].method.title == first.title for others in group.methods()) > 1
     title = f"{first.title} ({records[0].spec.method})" if clash else first.title
     failed = [record for record in records if record.status != "ok"]
     counted = [record for record in records if record.status == "ok"]
     prefix = f"{len(failed)} of {len(records)} seeds " if counted else ""
     return {
-        METHOD: f"{title} · {variant}" if variant else title,
+        METHOD: title,
         FAMILY: first.family,
         SEEDS: len(counted),
         STATUS: _status(records),

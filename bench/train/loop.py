@@ -155,25 +155,29 @@ def losses_by_batch(trainer: Trainer, dataset: DenseDataset, batch_size: int) ->
 
 def gradient_cosines(trainer: Trainer, batch: Mapping[str, Tensor]) -> dict[tuple[str, str], float]:
     """Cosine of every two tasks' gradients on the parameters that tasks share (VMT-Adapter, eq. 8); empty where they
-    share none. In evaluation mode: neither weights, running statistics nor random numbers change."""
+    share none, and without a task that the batch has no label of. In evaluation mode: neither weights, running
+    statistics nor random numbers change."""
     model = trainer.plain_model
     owners = model.owners()
     shared = [p for name, p in model.named_parameters() if p.requires_grad and owners[name] is None]
     if not shared:
         return {}
+    scaler = trainer.accelerator.scaler
+    scale = scaler.get_scale() if scaler is not None else 1.0  # under fp16 small gradients would vanish
     trainer.model.eval()
     outputs = trainer.model(batch["image"])
     flat = {}
     for task, out in outputs.items():
-        found = torch.autograd.grad(LOSSES[task](out, batch[task]), shared, retain_graph=True, allow_unused=True)
+        loss = scale * LOSSES[task](out, batch[task])
+        found = torch.autograd.grad(loss, shared, retain_graph=True, allow_unused=True)
         flat[task] = torch.cat(
             [(torch.zeros_like(p) if g is None else g).flatten().double() for g, p in zip(found, shared, strict=True)]
         )
     trainer.model.train()
-    return {
-        (a, b): nn.functional.cosine_similarity(flat[a], flat[b], dim=0).item()
-        for a, b in itertools.combinations(flat, 2)
-    }
+    # A task without a label in the batch has no direction, nor has one whose gradient overflowed.
+    norms = {task: gradient.norm() for task, gradient in flat.items()}
+    told = [task for task, norm in norms.items() if norm > 0 and norm.isfinite()]
+    return {(a, b): (flat[a] @ flat[b] / (norms[a] * norms[b])).item() for a, b in itertools.combinations(told, 2)}
 
 
 @dataclass
@@ -213,7 +217,9 @@ def train(
             batch = to_device(next(batches), trainer.accelerator.device)
             waited = time.monotonic() - started
             with uninterrupted():
-                if probes and progress.step % max(1, total // probes) == 0:
+                if probes and (
+                    progress.step == 0 or progress.step * probes // total > (progress.step - 1) * probes // total
+                ):
                     for pair, value in gradient_cosines(trainer, batch).items():
                         progress.cosines.setdefault(",".join(pair), []).append(value)
                 losses = trainer.step(batch, progress.step)

@@ -86,7 +86,7 @@ def printed(table: pd.DataFrame) -> pd.DataFrame:
     return table[table["Status"] == "published"].set_index("Method")
 
 
-def report(folder: Path, reference: str | None = None, width: int = 100) -> str:
+def report(folder: Path, reference: str | None = None, width: int = 100, mix: bool = False) -> str:
     console = Console(file=io.StringIO(), width=width, force_terminal=False)
-    render.report(folder, None, reference, console)
+    render.report(folder, None, reference, console, mix)
     return console.file.getvalue()

@@ -55,6 +55,9 @@ def test_the_same_is_the_same(tmp_path):
         ({"memory": Memory(device="cpu", process_peak=100)}, {"memory": Memory(device="cpu", process_peak=106)},
          "process peak, bytes", "worse"),
         ({}, {"status": "out_of_memory", "metrics": {}}, "status", "worse"),
+        ({}, {"memory": None}, "process peak, bytes", "worse"),
+        ({"figures": {"semseg": 50.0}}, {"metrics": {"semseg": {"mIoU": None}}, "figures": {"semseg": 1.0}},
+         "SemSeg mIoU", "worse"),
         ({"status": "failed", "metrics": {}}, {}, "status", "better"),
     ],
 )  # fmt: skip
@@ -77,6 +80,33 @@ def test_seeds_say_what_is_noise(tmp_path):
     for seed, (was, now) in enumerate(((50.0, 45.0), (40.0, 50.0), (60.0, 46.0))):
         both(tmp_path, {"figures": {"semseg": was}}, {"figures": {"semseg": now}}, seed=seed)
     assert verdicts(tmp_path)["SemSeg mIoU"] == "noise"  # 50 -> 47, with standard errors of 5.8 and 1.5
+
+
+def test_the_same_seeds_are_compared_in_pairs(tmp_path):
+    """Each seed lost a tenth: far less than the seeds differ, and no noise."""
+    for seed, was in enumerate((40.0, 50.0, 60.0)):
+        both(tmp_path, {"figures": {"semseg": was}}, {"figures": {"semseg": 0.9 * was}}, seed=seed)
+    assert verdicts(tmp_path)["SemSeg mIoU"] == "worse"
+
+
+@pytest.mark.parametrize("how", ["diverged", "gone"])
+def test_a_seed_that_was_good_and_is_not_is_worse(tmp_path, how):
+    for seed in range(3):
+        make(tmp_path / "a", seed=seed)
+        if how == "diverged":
+            make(tmp_path / "b", seed=seed, **({"status": "diverged", "metrics": {}} if seed else {}))
+    if how == "gone":
+        make(tmp_path / "b", seed=0)
+    found = verdicts(tmp_path)
+    assert found["seed 1"] == found["seed 2"] == "worse" and "seed 0" not in found
+
+
+def test_settings_are_cells_of_their_own(tmp_path):
+    for batch in (4, 8):
+        both(tmp_path, {}, {"figures": {"semseg": 10.0 if batch == 4 else 50.0, "normals": 20.0}}, batch_size=batch)
+    found = compare.changes(tmp_path / "a", tmp_path / "b", compare.Thresholds())
+    assert len({change.cell for change in found}) == 2
+    assert [c.verdict for c in found if c.figure == "SemSeg mIoU"].count("worse") == 1
 
 
 def test_figures_of_another_machine_are_not_compared(tmp_path):

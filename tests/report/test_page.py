@@ -126,9 +126,9 @@ def test_the_plot_changes_its_axes(records, view):
     page = view(write(records))
     page.wait_for_selector(".plotly .updatemenu-header")
     page.locator(".updatemenu-header").click()
-    page.locator(".updatemenu-dropdown-button", has_text="SemSeg % ↑ against s/batch").click()
+    page.locator(".updatemenu-dropdown-button", has_text="SemSeg % ↑ against s/batch, CPU").click()
     page.wait_for_timeout(500)
-    assert page.locator(".xtitle").text_content() == "s/batch"
+    assert page.locator(".xtitle").text_content() == "s/batch, CPU"
     assert page.locator(".ytitle").text_content() == "SemSeg % ↑"
 
 

@@ -18,7 +18,7 @@ from bench.cli import app
 from bench.errors import BenchError
 from bench.recipe import Optimizer
 from bench.report import latex, papers, published, render, tables
-from bench.report.groups import collect, groups, mixed
+from bench.report.groups import collect, groups, mixtures
 from bench.report.sheets import Cell, Line, Sheet
 from tests.report.records import ROWS, make, measured, only, recipe, report
 
@@ -82,7 +82,7 @@ def test_a_failed_row_and_a_missing_baseline_say_so(tmp_path):
     make(tmp_path, "ours", FOUR)
     shown = " ".join(report_table("bdta/1", tmp_path).split())
     assert "out of memory" in shown and "no single-task baseline" in shown
-    assert "NOT COMPARABLE: measured on scenes, printed for PASCAL-Context." in shown
+    assert "NOT COMPARABLE: measured on scenes, printed for PASCAL-Context's four tasks" in shown
 
 
 def test_a_table_nobody_ran_says_how_to(tmp_path):
@@ -132,25 +132,67 @@ def test_why_records_are_apart_and_how_they_can_be_mixed(tmp_path):
     make(tmp_path, "mtlora", FOUR, batch_size=4, recipe=recipe(optimizer=Optimizer(name="adamw", lr=1e-3)))
     shown = " ".join(report(tmp_path).split())
     assert "Apart from group 1" in shown and "batch_size" in shown and "recipe.optimizer.lr" in shown
-    (group,) = mixed(collect(tmp_path)[0])
-    rows = measured(tables.accuracy_table(group))
+    rows = mixed_rows(tmp_path)
     assert any("batch_size 4" in label for label in rows.index) and any("batch_size 8" in label for label in rows.index)
-    assert group.marks[0].startswith("MIXED, NOT COMPARABLE: rows differ in batch_size")
+    shown = " ".join(report(tmp_path, mix=True).split())
+    assert "MIXED, NOT COMPARABLE: rows differ in batch_size" in shown
+
+
+def mixed_rows(folder):
+    """Rows of the first table that --mix makes, without the papers'."""
+    (mixture,) = mixtures(groups(collect(folder)[0]))
+    _, _, table, _ = render._mixed_sheets(mixture, None)[0]
+    return measured(table)
 
 
 def test_one_method_in_two_settings_is_two_rows_when_mixed(tmp_path):
     make(tmp_path, "ours", FOUR)
     make(tmp_path, "ours", FOUR | {"semseg": 60.0}, batch_size=4)
-    (group,) = mixed(collect(tmp_path)[0])
-    assert measured(tables.accuracy_table(group))["SemSeg mIoU (%) ↑"].tolist() == [60.0, 70.0]
+    assert sorted(mixed_rows(tmp_path)["SemSeg mIoU (%) ↑"]) == [60.0, 70.0]
+
+
+def test_mixed_rows_keep_their_own_baseline_backbone_and_weights(tmp_path):
+    for batch, base in ((8, 70.0), (4, 35.0)):
+        make(tmp_path, "single_task_full", FOUR | {"semseg": base}, batch_size=batch)
+        make(tmp_path, "ours", FOUR | {"semseg": 70.0}, batch_size=batch)
+    make(tmp_path, "ours", FOUR, weights="random", steps=0, epochs=None)
+    rows = mixed_rows(tmp_path)
+    delta = {label: row["Delta-m (%)"] for label, row in rows.iterrows() if label.startswith("Ours")}
+    assert sorted(value for value in delta.values() if pd.notna(value)) == pytest.approx([0.0, 25.0])
+    assert not any("random" in source for source in rows["Source"])  # what was not trained has no accuracy
+    shown = report(tmp_path, mix=True, width=200)
+    assert "weights_used random" in shown and "weights_used timm" in shown
 
 
 def test_mixing_what_belongs_together_changes_nothing(tmp_path):
     make(tmp_path, "ours", FOUR)
     make(tmp_path, "mtlora", FOUR)
-    (alone,), (group,) = groups(collect(tmp_path)[0]), mixed(collect(tmp_path)[0])
-    assert group.title == alone.title
-    pd.testing.assert_frame_equal(tables.accuracy_table(group), tables.accuracy_table(alone))
+    (alone,) = groups(collect(tmp_path)[0])
+    (mixture,) = mixtures([alone])
+    assert (mixture.title, mixture.marks) == (alone.title, alone.marks)
+    _, _, table, _ = render._mixed_sheets(mixture, None)[0]
+    pd.testing.assert_frame_equal(table, tables.accuracy_table(alone))
+
+
+def test_random_weights_are_no_row_of_the_papers_pretrained_ones(tmp_path):
+    make(tmp_path, "ours", FOUR | {"semseg": 11.0}, weights="random")
+    make(tmp_path, "ours", FOUR | {"semseg": 77.0})
+    apart = papers.bundles(groups(collect(tmp_path)[0]))
+    found = [papers.frame(papers.TABLES["bdta/1"], b).set_index("row").loc["Ours", "semseg, measured"] for b in apart]
+    assert sorted(found) == [11.0, 77.0]
+
+
+def test_delta_m_is_paired_with_the_baseline_of_the_same_seed(tmp_path):
+    """Baseline and method rise and fall together: the interval is that of the differences alone."""
+    for seed, (base, value) in enumerate(((50.0, 55.0), (40.0, 44.8), (60.0, 66.0))):
+        make(tmp_path, "single_task_full", {"semseg": base}, seed=seed)
+        make(tmp_path, "ours", {"semseg": value}, seed=seed)
+    rows = measured(tables.accuracy_table(only(tmp_path)))
+    gains = [10.0, 12.0, 10.0]
+    low, high = stats.t.interval(0.95, 2, sum(gains) / 3, stats.sem(gains))
+    assert rows.loc["Ours", "Delta-m (%), ±95 %"] == pytest.approx((high - low) / 2)
+    assert pd.isna(rows.loc["Single-task full fine-tuning", "Delta-m (%), ±95 %"])
+    assert rows.loc["Ours", tables.P_VALUE] == pytest.approx(stats.ttest_1samp(gains, 0).pvalue)
 
 
 def test_json_is_the_tables_and_nothing_else(tmp_path):
