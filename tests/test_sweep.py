@@ -224,7 +224,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(resumed, killed):
 
 def test_nothing_but_the_record_and_what_was_trained_is_left_in_the_end(resumed):
     assert resumed["record after"].status == "ok" and resumed["record after"].trained_sha256
-    assert resumed["files after"] == {".json", ".trained.safetensors"}
+    assert resumed["files after"] == {"json", "trained.safetensors"}
 
 
 def test_a_second_interrupt_kills_the_cell_at_once():
