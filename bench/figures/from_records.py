@@ -246,12 +246,12 @@ def ablation(groups: Sequence[Group], choice: Choice) -> Drawn:
                     bars.setdefault(row.title, {})[group.spec.backbone, decoder] = (row.values[tables.DELTA], half)
         if len({key for values in bars.values() for key in values}) > 1:
             drawn = True
-            yield members[0][0].slug, _bars(bars, [textwrap.shorten(group.title, 180) for group, _ in members])
+            yield members[0][0].slug, _bars(bars, papers.setting_of([group for group, _ in members]))
     if not drawn:
         raise BenchError("no records differ in backbone or decoder alone: there is nothing to set side by side")
 
 
-def _bars(bars: Mapping[str, Mapping[tuple[str, str], tuple[float, float]]], about: Sequence[str]) -> Figure:
+def _bars(bars: Mapping[str, Mapping[tuple[str, str], tuple[float, float]]], about: str) -> Figure:
     keys = sorted({key for values in bars.values() for key in values})
     figure, (axis,) = panels(1, max(4.0, 0.5 * len(bars) * len(keys) + 1.5), 2.8)
     width = 0.8 / len(keys)
@@ -269,7 +269,7 @@ def _bars(bars: Mapping[str, Mapping[tuple[str, str], tuple[float, float]]], abo
     axis.set_ylabel("Δm, %")
     axis.grid(axis="x", visible=False)
     legend_below(figure, axis, 2)
-    caption(figure, [*about[:3], *([f"and {len(about) - 3} more settings"] if len(about) > 3 else [])])
+    caption(figure, [about])
     return figure
 
 

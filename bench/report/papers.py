@@ -49,6 +49,8 @@ TABLES: Mapping[str, PaperTable] = {
     "vmt/3": PaperTable("VMT-Adapter", 3, "vmt_table3", ("encoder_m", *ACCURACY)),
 }
 
+HIGHER_IS_BETTER = {task: TASKS[task].headline.higher_is_better for task in published.TASKS} | {"delta_m": True}
+
 # column -> heading and how it is written
 COLUMNS = {
     **{task: (f"{TASKS[task].title} {TASKS[task].headline.title} {TASKS[task].headline.unit}", two) for task in TASKS},
@@ -142,13 +144,18 @@ def bundles(all_groups: Sequence[Group]) -> list[list[Group]]:
 def sheet(table: PaperTable, rows: pd.DataFrame, bundle: Sequence[Group]) -> Sheet:
     letters = Letters()
     lines = []
+    ranked = {column: _ranked(rows, column) for column in table.columns} if not bundle[0].random else {}
     for row in rows.to_dict("records"):
         label = row[ROW]
         if row["note"]:
             label = f"{label} ({letters.mark(row['note'])})"
-        lines.append(Line(row[HEADING], False, [Cell(label), *(_cell(row, column) for column in table.columns)]))
+        lines.append(
+            Line(row[HEADING], False, [Cell(label), *(_cell(row, column, ranked) for column in table.columns)])
+        )
     spec = bundle[0].spec
     where = [f"Upper figures are measured here; those marked {published.MARK} are printed in {_source(table)}."]
+    if "seeds" in rows and (rows["seeds"] == 1).any():
+        where.append("Measured rows without ± are of one seed: nothing is known of their spread.")
     other = [f"on {spec.dataset}"] if not published.same_dataset(spec.dataset) else []
     other += [f"with the tasks {', '.join(spec.tasks)}"] if set(spec.tasks) != set(published.TASKS) else []
     other += [f"under protocol {spec.protocol}"] if spec.protocol != "published" or spec.decoder else []
@@ -178,17 +185,31 @@ def _without_reference(rows: pd.DataFrame) -> list[str]:
     return [b for b in rows[BACKBONE].drop_duplicates() if b not in known]
 
 
-def _cell(row: Mapping[str, Any], column: str) -> Cell:
+def _ranked(rows: pd.DataFrame, column: str) -> dict[str, list[str]]:
+    """Backbone -> the best and second best measured figure as written, where they leave another behind."""
+    found = {}
+    for backbone, own in rows.groupby(BACKBONE, sort=False):
+        values = pd.to_numeric(own.get(f"{column}, {MEASURED}", pd.Series(dtype=float)), errors="coerce").dropna()
+        ordered = sorted(values, reverse=HIGHER_IS_BETTER.get(column, False))
+        written = list(dict.fromkeys(COLUMNS[column][1](value) for value in ordered))
+        found[backbone] = written[: 2 if len(written) > 2 else 1] if len(written) > 1 else []
+    return found
+
+
+def _cell(row: Mapping[str, Any], column: str, ranked: Mapping[str, Mapping[str, list[str]]]) -> Cell:
     write = COLUMNS[column][1]
     value, printed = row.get(f"{column}, {MEASURED}"), row[f"{column}, {PRINTED}"]
     figure = printed if isinstance(printed, str) else "" if pd.isna(printed) else write(printed)
+    best = ranked.get(column, {}).get(row[BACKBONE], [])
+    place = -1
     if value is None or pd.isna(value):
         text = MISSING if row["status"] == "ok" else row["status"]
     else:
         text = write(value)
+        place = best.index(text) if text in best and row["status"] == "ok" else -1
         half = row.get(f"{column}, ±95 %")
         text = f"{text} ±{two(half)}" if half is not None and pd.notna(half) else text
-    return Cell(text, f"{figure}{published.MARK}" if figure else "")
+    return Cell(text, f"{figure}{published.MARK}" if figure else "", bold=place == 0, second=place == 1)
 
 
 def _source(table: PaperTable) -> str:
@@ -215,7 +236,7 @@ def report(name: str, folder: Path, out: Path | None, console: Console, as_json:
         raise BenchError(f"no record in {folder} measures a row of {name}; make some with: {again}")
     parts, latex_tables, data, files = [], [], [], {}
     for number, (bundle, rows, laid_out) in enumerate(made, 1):
-        caption = f"{_source(table)}, rerun: {_setting(bundle)}"
+        caption = f"{_source(table)}, rerun: {setting_of(bundle)}"
         marks = list(dict.fromkeys(mark for group in bundle for mark in group.marks))
         missing = rows["status"].eq(NOT_RUN).sum()
         notes = [*laid_out.notes, *([f"{missing} rows not run; {again}"] if missing else [])]
@@ -244,7 +265,7 @@ def report(name: str, folder: Path, out: Path | None, console: Console, as_json:
         render.say(console, f"\nwrote {', '.join(files)} to {out}")
 
 
-def _setting(bundle: Sequence[Group]) -> str:
+def setting_of(bundle: Sequence[Group]) -> str:
     """What the bundle's groups have in common, from their titles."""
     first, *others = (group.title.split(" · ") for group in bundle)
     return " · ".join(part for part in first if all(part in other for other in others))

@@ -77,6 +77,20 @@ def report_table(name, folder, width=120):
     return console.file.getvalue()
 
 
+def test_best_and_second_best_measured_figures_are_marked_and_printed_ones_never(tmp_path):
+    for method, value in (("ours", 77.0), ("mtlora", 72.0), ("lora", 60.0)):
+        make(tmp_path, method, FOUR | {"semseg": value, "normals": value / 4})
+    (bundle,) = papers.bundles(groups(collect(tmp_path)[0]))
+    table = papers.TABLES["bdta/1"]
+    laid_out = papers.sheet(table, papers.frame(table, bundle), bundle)
+    cells = {line.cells[0].text.partition(" (")[0]: line.cells for line in laid_out.lines}
+    marks = {name: [(c.bold, c.second) for c in cells[name][1:5]] for name in ("Ours", "MTLoRA", "LoRA", "TADFormer")}
+    assert marks["Ours"][0] == (True, False) and marks["MTLoRA"][0] == (False, True)
+    assert marks["LoRA"][0] == (False, False) and marks["LoRA"][3] == (True, False)  # normals: lower is better
+    assert not any(bold or second for bold, second in marks["TADFormer"])
+    assert any("one seed" in note for note in laid_out.notes)
+
+
 def test_a_failed_row_and_a_missing_baseline_say_so(tmp_path):
     make(tmp_path, "mtlora", FOUR, status="out_of_memory", metrics={})
     make(tmp_path, "ours", FOUR)
