@@ -392,7 +392,7 @@ def figure(
     weights: Annotated[Path | None, typer.Option(help="The backbone's checkpoint, where it came from a file.")] = None,
     dataset: Annotated[str | None, typer.Option(help="The card, where the record's is a file of your own.")] = None,
     data_root: Annotated[Path | None, typer.Option(help="Folder that the card's files lie in.")] = None,
-    images: Annotated[int, typer.Option(min=1, help="For predictions and features: so many.")] = 2,
+    images: Annotated[int, typer.Option(min=1, max=16, help="For predictions and features: so many.")] = 2,
     out: Annotated[Path, typer.Option(help="Where PNG and SVG go.")] = Path("figures"),
 ) -> None:
     """A figure from records, or from trained models and their validation images, as PNG and SVG."""
