@@ -83,6 +83,9 @@ def run(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Read all files first and do without unreadable images.")
     ] = False,
+    shuffle_labels: Annotated[
+        bool, typer.Option("--shuffle-labels", help="A control: train on other images' labels. Nothing must be gained.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     cudnn_benchmark: Annotated[
         bool, typer.Option("--cudnn-benchmark", help="Let cuDNN try out its convolution algorithms.")
@@ -117,7 +120,7 @@ def run(
         "steps": steps, "precision": precision, "memory": memory, "seeds": seeds, "weights": weights,
         "limit_train": limit_train, "limit_val": limit_val, "eval_size": eval_size,
     }  # fmt: skip
-    flags = {"skip_bad": skip_bad, "cudnn_benchmark": cudnn_benchmark}
+    flags = {"skip_bad": skip_bad, "cudnn_benchmark": cudnn_benchmark, "shuffle_labels": shuffle_labels}
     chosen = {k: v for k, v in (given | flags).items() if v is not None and v is not False}
     jobs = grid.jobs(
         suite,

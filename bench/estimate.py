@@ -63,7 +63,7 @@ def table(
     limit = parse_gpu(gpu) if gpu else None
     sizes = [parse_size(size.strip()) for size in image_sizes.split(",")]
     batches = [_whole("batch-size", text) for text in batch_sizes.split(",")]
-    card, chosen = cards.load(dataset), recipes.load(recipe)
+    card, chosen = cards.load(dataset), recipes.load(recipe).untuned()
     task_lists = _task_lists(card, tasks, task_counts)
 
     from methods.backbones.load import full_name

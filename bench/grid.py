@@ -54,6 +54,7 @@ class Settings(BaseModel):
     limit_val: Positive | None = None
     eval_size: str = "network"
     skip_bad: bool = False
+    shuffle_labels: bool = False
 
 
 class Suite(BaseModel):
@@ -155,6 +156,7 @@ def jobs(
                 limit_train=data.limit_train,
                 limit_val=data.limit_val,
                 eval_size=settings.eval_size,
+                shuffled_labels=settings.shuffle_labels,
                 skipped=data.skipped,
                 device=place.slug,
                 seed=seed,

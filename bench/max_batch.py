@@ -66,7 +66,7 @@ def table(
         raise BenchError("--find-max-batch on a CPU needs --memory-limit, e.g. 8GB: a machine that swaps never refuses")
     if not place.name and not sys.platform.startswith("linux"):
         raise BenchError("--memory-limit on a CPU needs Linux, whose kernel enforces it; use a GPU")
-    card, chosen = cards.load(dataset), recipes.load(recipe)
+    card, chosen = cards.load(dataset), recipes.load(recipe).untuned()
     channels = card.channels(cards.choose_tasks(card, tasks))
 
     from bench.measure.probe import Request

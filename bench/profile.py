@@ -66,7 +66,7 @@ def profile(
     one_of("protocol", protocol, get_args(Protocol))
     one_of("precision", precision, get_args(Precision))
     one_of("memory", memory, get_args(MemoryUse))
-    card, chosen = cards.load(dataset), recipes.load(recipe)
+    card, chosen = cards.load(dataset), recipes.load(recipe).untuned()
     channels = card.channels(cards.choose_tasks(card, tasks))
     size = parse_size(image_size)
 

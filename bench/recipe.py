@@ -18,7 +18,7 @@ class Strict(BaseModel):
 
 class Optimizer(Strict):
     name: Literal["adamw", "adam", "sgd"]
-    lr: Positive
+    lr: Positive | None = None  # None where the recipe tunes it
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     momentum: Fraction = 0.9  # sgd only
@@ -79,6 +79,22 @@ class Measure(Strict):
     steps: Annotated[int, Field(ge=1)] = 10
 
 
+class Tuning(Strict):
+    """Learning rates that every method tries before it trains, each in a trial of its own: the same number of trials
+    of the same length for all. A trial trains on the training split less its share `holdout` and is scored on that
+    share; the validation split is not looked at. The rate with the best score is trained with."""
+
+    rates: Annotated[tuple[Positive, ...], Field(min_length=2)]
+    length: Annotated[float, Field(gt=0, le=1)] = 0.25  # of the run's steps
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of the training images in use
+
+    @model_validator(mode="after")
+    def _rates_differ(self) -> Tuning:
+        if len(set(self.rates)) < len(self.rates):
+            raise ValueError("a rate stands in rates twice")
+        return self
+
+
 class Recipe(Strict):
     title: str
     source: str = ""  # paper and section that the settings come from
@@ -87,6 +103,7 @@ class Recipe(Strict):
     batch_size: Annotated[int, Field(gt=0)]
     epochs: Annotated[int, Field(gt=0)] | None = None
     steps: Annotated[int, Field(ge=0)] | None = None
+    tune: Tuning | None = None
     clip_norm: Positive | None = None
     loss_weights: dict[str, Positive]
     augment: Augment = Augment()
@@ -100,6 +117,20 @@ class Recipe(Strict):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of epochs and steps")
         return self
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> Recipe:
+        if (self.optimizer.lr is None) == (self.tune is None):
+            raise ValueError("give exactly one of optimizer.lr and tune")
+        return self
+
+    def with_rate(self, rate: float) -> Recipe:
+        """The same with this learning rate, and nothing left to tune."""
+        return self.model_copy(update={"optimizer": self.optimizer.model_copy(update={"lr": rate}), "tune": None})
+
+    def untuned(self) -> Recipe:
+        """For measuring steps whose outcome does not matter: a recipe that tunes with its middle rate."""
+        return self.with_rate(sorted(self.tune.rates)[len(self.tune.rates) // 2]) if self.tune else self
 
 
 def load(name: str) -> Recipe:

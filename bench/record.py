@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bench.errors import BenchError
-from bench.spec import RunSpec
+from bench.spec import RunSpec, Tuned
 
 SCHEMA = 1
 REPORT = "report.json"  # what `bench report` writes among the records is none
@@ -168,6 +168,8 @@ class Record(Part):
     metrics: dict[str, dict[str, float | None]] = {}  # task -> metric key -> value; None where nothing was valid
     per_class: dict[str, dict[str, float | None]] = {}  # task -> class name -> IoU in percent; None where absent
     floor: dict[str, dict[str, float | None]] = {}  # the same metrics of the best constant prediction
+    floor_map: dict[str, dict[str, float | None]] = {}  # of the best prediction that knows the place, not the image
+    tuned: Tuned | None = None  # the learning rate, where the recipe tunes it
     preparation: dict[str, Any] = {}  # what the method found out from training data before it trained
     trained_sha256: str = ""  # of the trained weights beside the record, where they were kept
     cosines: dict[str, list[float]] = {}  # "task,task" -> cosine of their gradients on shared parameters, as probed

@@ -23,13 +23,14 @@ from bench.failure import classify
 from bench.measure import gpu_state, provenance
 from bench.record import Estimated, MethodInfo, Parameters, Record, Weights
 from bench.spec import Job, RunSpec
+from bench.tuning import held_out
 from methods.registry import MethodError, parse
 
 if TYPE_CHECKING:
     from methods.model import MultiTaskModel
 
 Emit = Callable[..., None]
-FLOOR_SAMPLES = 200  # training images that the constant prediction is fitted on
+FLOOR_SAMPLES = 200  # training images that the predictions without an image are fitted on
 
 
 def method_info(expression: str) -> MethodInfo:
@@ -55,7 +56,7 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     from bench.data.loader import DenseDataset, steps_per_epoch, validation_batches
     from bench.data.subset import evenly_spaced
     from bench.measure.profile import floor_seconds, matmul_rate, measure, synthetic_batch
-    from bench.train.floor import fit_constants, score_constants
+    from bench.train.floor import best_constants, best_maps, score_floors, sum_labels
     from bench.train.loop import Trainer, evaluate, losses_by_batch, train
     from bench.train.trained import save_trained
     from methods.backbones.base import Backbone
@@ -63,7 +64,7 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     from methods.layers.checkpointing import checkpoint_activations
     from methods.model import Setting
 
-    spec, recipe = job.spec, job.spec.recipe
+    spec = job.spec
     on_gpu = spec.device_kind == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise BenchError("a CUDA device was asked for, but torch sees none")
@@ -97,50 +98,66 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
             checkpoint_activations(model)
         return model
 
-    emit("phase", name="estimate")
-    record.estimate = estimated(
-        lambda: finish(load_backbone(spec.backbone, spec.image_size, WeightSource("random"))), spec
-    )
-    emit("phase", name="measure")
-    accelerator = make_accelerator()
-    model = build()
-    ledger = model.ledger()
-    record.parameters = Parameters(
-        total=ledger.total,
-        trainable=ledger.trainable,
-        adaptation=ledger.adaptation,
-        backbone=ledger.backbone,
-        decoder=ledger.decoder,
-        shared=ledger.shared,
-        per_task=ledger.per_task,
-    )
-    trainer = Trainer(model, recipe, spec.batch_size, recipe.measure.warmup + recipe.measure.steps, accelerator)
-    batch = synthetic_batch(channels, spec.image_size, spec.batch_size, accelerator.device)
-    uuid = str(torch.cuda.get_device_properties(0).uuid) if on_gpu else ""
-    record.provenance.gpu_before = gpu_state.read(uuid) if uuid else None
-    record.memory, record.time = measure(
-        trainer, batch, recipe.measure, lambda step, total: emit("step", step=step, total=total)
-    )
-    record.parameters.passes = model.passes(batch["image"][:1])
-    record.provenance.gpu_after = gpu_state.read(uuid) if uuid else None
-    del trainer, model
-    accelerator.free_memory()
-    backbone = load_backbone(spec.backbone, spec.image_size, weights)
-    record.time.floor = floor_seconds(backbone, batch["image"], accelerator, recipe.measure.steps)
-    record.time.matmul_rate = matmul_rate(accelerator)
+    def measure_efficiency() -> None:
+        recipe = spec.recipe.untuned()
+        emit("phase", name="estimate")
+        record.estimate = estimated(
+            lambda: finish(load_backbone(spec.backbone, spec.image_size, WeightSource("random"))), spec
+        )
+        emit("phase", name="measure")
+        accelerator = make_accelerator()
+        model = build()
+        ledger = model.ledger()
+        record.parameters = Parameters(
+            total=ledger.total,
+            trainable=ledger.trainable,
+            adaptation=ledger.adaptation,
+            backbone=ledger.backbone,
+            decoder=ledger.decoder,
+            shared=ledger.shared,
+            per_task=ledger.per_task,
+        )
+        trainer = Trainer(model, recipe, spec.batch_size, recipe.measure.warmup + recipe.measure.steps, accelerator)
+        batch = synthetic_batch(channels, spec.image_size, spec.batch_size, accelerator.device)
+        uuid = str(torch.cuda.get_device_properties(0).uuid) if on_gpu else ""
+        record.provenance.gpu_before = gpu_state.read(uuid) if uuid else None
+        record.memory, record.time = measure(
+            trainer, batch, recipe.measure, lambda step, total: emit("step", step=step, total=total)
+        )
+        record.parameters.passes = model.passes(batch["image"][:1])
+        record.provenance.gpu_after = gpu_state.read(uuid) if uuid else None
+        del trainer, model
+        accelerator.free_memory()
+        backbone = load_backbone(spec.backbone, spec.image_size, weights)
+        record.time.floor = floor_seconds(backbone, batch["image"], accelerator, recipe.measure.steps)
+        record.time.matmul_rate = matmul_rate(accelerator)
+        del backbone, batch
+        accelerator.free_memory()
+
+    if spec.trial is None:
+        measure_efficiency()
     if spec.steps == 0:
         return
-    del backbone, batch
-    accelerator.free_memory()
     accelerator = make_accelerator()  # training starts with a loss scale of its own
+    record.tuned = job.tuned
+    recipe = spec.recipe.with_rate(job.tuned.rate) if spec.recipe.tune else spec.recipe
 
     def samples(split: Literal["train", "val"], limit: int | None, **how: Any) -> DenseDataset:
         return DenseDataset(
             card, split, spec.tasks, spec.image_size, job.data_root, limit, skipped=spec.skipped, cache=job.cache, **how
         )
 
-    train_set = samples("train", spec.limit_train, augment=recipe.augment, seed=spec.seed)
+    training = {"augment": recipe.augment, "seed": spec.seed, "shuffled_labels": spec.shuffled_labels}
+    train_set = samples("train", spec.limit_train, **training)
     total_steps = spec.steps or spec.epochs * steps_per_epoch(len(train_set), spec.batch_size)
+    original_labels = spec.eval_size == "original"
+    if spec.trial is None:
+        val_set = samples("val", spec.limit_val, original_labels=original_labels)
+    else:
+        kept, held = held_out(train_set.names, spec.trial.holdout)
+        train_set = samples("train", None, names=kept, **training)
+        val_set = samples("train", None, names=held, original_labels=original_labels)
+        total_steps = max(1, round(total_steps * spec.trial.length))
     emit("phase", name="train")
     job.trained_path.unlink(missing_ok=True)  # of an earlier run of the cell
     trainer = Trainer(build(), recipe, spec.batch_size, total_steps, accelerator)
@@ -162,10 +179,12 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     record.history, record.loader_wait, record.cosines = progress.history, progress.loader_wait, progress.cosines
 
     emit("phase", name="evaluate")
-    val_set = samples("val", spec.limit_val, original_labels=spec.eval_size == "original")
-    fit_set = samples("train", None, names=evenly_spaced(train_set.names, FLOOR_SAMPLES))
-    fit, score = (validation_batches(d, spec.batch_size, job.workers, pin=False) for d in (fit_set, val_set))
-    record.floor = _finite(score_constants(fit_constants(fit, channels), score, channels))
+    if spec.trial is None:
+        fit_set = samples("train", None, names=evenly_spaced(train_set.names, FLOOR_SAMPLES))
+        fit, score = (validation_batches(d, spec.batch_size, job.workers, pin=False) for d in (fit_set, val_set))
+        sums = sum_labels(fit, channels)
+        floors = score_floors((best_constants(sums), best_maps(sums)), score, channels)
+        record.floor, record.floor_map = map(_finite, floors)
     values, per_class = evaluate(
         trainer.model,
         val_set,
@@ -188,7 +207,7 @@ def estimated(build: Callable[[], MultiTaskModel], spec: RunSpec) -> Estimated:
     from bench.measure.estimate import estimate
 
     try:
-        found = estimate(build, spec.image_size, spec.recipe, spec.batch_size, spec.precision)
+        found = estimate(build, spec.image_size, spec.recipe.untuned(), spec.batch_size, spec.precision)
     except (BenchError, MethodError) as error:
         return Estimated(reason=str(error))
     return Estimated(

@@ -17,6 +17,15 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 MemoryUse = Literal["default", "low"]  # low: activation checkpointing, the same figures for more time
 
+class Trial(BaseModel):
+    """Of a learning rate, on the training split alone; see bench.recipe.Tuning."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    length: float  # of the run's steps
+    holdout: float  # of the training images
+
+
 EvalSize = Literal["network", "original"]  # where metrics are computed: the size the network sees, or the labels' own
 
 
@@ -48,6 +57,8 @@ class RunSpec(BaseModel):
     limit_train: int | None = None
     limit_val: int | None = None
     eval_size: EvalSize = "network"
+    shuffled_labels: bool = False  # every training image has the labels of another: nothing can be learnt of the image
+    trial: Trial | None = None
     skipped: tuple[str, ...] = ()  # ids of unreadable images that the run does without
     device: str  # "cpu", or the GPU's name as a slug
     seed: int
@@ -65,9 +76,11 @@ class RunSpec(BaseModel):
         setting = self.model_dump(
             mode="json", exclude={"method": True, "seed": True, "recipe_name": True, "recipe": settled}
         )
-        for name, default in (("memory", "default"), ("cudnn_benchmark", False)):
-            if setting[name] == default:  # as in records from before there was a choice
-                del setting[name]
+        later = (setting, {"memory": "default", "cudnn_benchmark": False, "shuffled_labels": False, "trial": None})
+        for part, defaults in (later, (setting["recipe"], {"tune": None})):
+            for name, default in defaults.items():
+                if part[name] == default:  # as in records from before there was a choice
+                    del part[name]
         return setting
 
     def relative_path(self) -> PurePosixPath:
@@ -76,6 +89,26 @@ class RunSpec(BaseModel):
     @property
     def device_kind(self) -> Literal["cpu", "cuda"]:
         return "cpu" if self.device == "cpu" else "cuda"
+
+
+class Tried(BaseModel):
+    """A learning rate and how its trial went."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rate: float
+    status: str  # of the trial's record
+    score: float | None = None  # see bench.tuning.score; None where the trial failed
+    figures: dict[str, float | None] = {}  # task -> headline figure on the images held out
+
+
+class Tuned(BaseModel):
+    """The learning rate that a method trains with, and what it was chosen from."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rate: float
+    tried: tuple[Tried, ...]
 
 
 class Job(BaseModel):
@@ -91,6 +124,7 @@ class Job(BaseModel):
     workers: int = 0
     cache: Literal["none", "ram", "disk"] = "none"  # of decoded samples; changes no figure
     checkpoint_seconds: float = 60.0
+    tuned: Tuned | None = None  # what the trials of a recipe that tunes have shown
     keep_weights: bool = True  # what training changed, beside the record
     probes: int = 0  # how often in all to compare the tasks' gradients
 

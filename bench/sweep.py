@@ -30,6 +30,7 @@ from bench.record import Failure, Record
 from bench.resources import ROOT
 from bench.run import blank_record
 from bench.spec import Job
+from bench.tuning import choose, score, trials
 
 GRACE_SECONDS = 120  # for a cell to finish its step and write its checkpoint after an interrupt
 
@@ -59,6 +60,7 @@ def check_writable(out: Path) -> None:
 def run_all(jobs: Sequence[Job], console: Console, retry: bool = False, fresh: bool = False) -> list[Record]:
     """Run what is not done yet and return every cell's record. Raises KeyboardInterrupt after leaving a clean state."""
     results: list[Record] = []
+    tried: dict[Path, Record] = {}  # trials of this sweep: the seeds of a cell share them
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -73,11 +75,17 @@ def run_all(jobs: Sequence[Job], console: Console, retry: bool = False, fresh: b
             label = f"{escape(job.spec.method)} · {job.spec.backbone.split('.')[0]} · seed {job.spec.seed}"
             result = finished(job, retry, fresh)
             if result is None:
-                if job.checkpoint_path.is_file():
-                    console.print(f"resuming  {label} from its checkpoint")
-                line = progress.add_task(label, total=None, note="starting")
-                result = _run_one(job, progress, line)
-                progress.remove_task(line)
+                if job.spec.recipe.tune and job.spec.steps != 0:
+                    for trial in trials(job):
+                        if trial.record_path not in tried:
+                            tried[trial.record_path] = _try(trial, label, progress, console, retry, fresh)
+                    found = [tried[trial.record_path] for trial in trials(job)]
+                    job = job.model_copy(update={"tuned": choose(found)})
+                    if job.tuned is None:
+                        result = _untuned(job, found)
+                        result.write(job.out)
+                if result is None:
+                    result = _run_shown(job, label, progress, console)
                 verb = "done"
             else:
                 verb = "kept"
@@ -85,6 +93,40 @@ def run_all(jobs: Sequence[Job], console: Console, retry: bool = False, fresh: b
             results.append(result)
             progress.advance(cells)
     return results
+
+
+def _run_shown(job: Job, label: str, progress: Progress, console: Console) -> Record:
+    if job.checkpoint_path.is_file():
+        console.print(f"resuming  {label} from its checkpoint")
+    line = progress.add_task(label, total=None, note="starting")
+    result = _run_one(job, progress, line)
+    progress.remove_task(line)
+    return result
+
+
+def _try(trial: Job, label: str, progress: Progress, console: Console, retry: bool, fresh: bool) -> Record:
+    """A learning rate's trial, or its record from before."""
+    label = f"{label.rpartition(' · ')[0]} · trial of lr {trial.spec.recipe.optimizer.lr:g}"
+    found = finished(trial, retry, fresh)
+    result = _run_shown(trial, label, progress, console) if found is None else found
+    verb = "kept" if found else "tried"
+    if result.status != "ok":
+        reason = f": {escape(result.failure.message)}" if result.failure else ""
+        console.print(f"[red]{result.status.replace('_', ' ')}[/red]  {label}{reason}")
+    else:
+        value = score(result)
+        console.print(f"{verb}  {label}: score {'none' if value is None else f'{value:.4f}'} on held-out training images")
+    return result
+
+
+def _untuned(job: Job, found: Sequence[Record]) -> Record:
+    """The record of a cell none of whose learning rates came to a score."""
+    record = blank_record(job)
+    failed = next((each for each in found if each.status != "ok"), found[0])
+    reason = failed.failure.message if failed.failure else "a task has no figure on the images held out"
+    record.status = failed.status if failed.status != "ok" else "failed"
+    record.failure = Failure(kind="BenchError", message=f"no learning rate came to a score in its trial: {reason}")
+    return record
 
 
 def _run_one(job: Job, progress: Progress, line: TaskID) -> Record:

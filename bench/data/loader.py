@@ -26,7 +26,8 @@ class DenseDataset(Dataset):
 
     With `original_labels` the image alone has that size, and the labels keep their own. `skipped` ids are left out;
     `names` are ids to take whatever split, limit and skipped say. `cache` keeps decoded and resized samples
-    (bench.data.samples). Resizing comes first, and augmentation turns and zooms as if it had come last, as in the
+    (bench.data.samples). With `shuffled_labels` every image has the labels of another one, the same one in every epoch:
+    a control that must learn nothing of the image. Resizing comes first, and augmentation turns and zooms as if it had come last, as in the
     MTLoRA code family; where a recipe crops, it does come last.
     """
 
@@ -44,12 +45,17 @@ class DenseDataset(Dataset):
         skipped: Sequence[str] = (),
         cache: Kind = "none",
         names: Sequence[str] | None = None,
+        shuffled_labels: bool = False,
     ) -> None:
         self.original_labels = original_labels
         self.card, self.tasks, self.size, self.root = card, tasks, size, root
         self.names = subset.ids(card, split, root, limit, tasks, skipped) if names is None else list(names)
         cards.check_files(card, root, self.names, tasks)
         self.augment, self.seed = augment, seed
+        self.label_of = list(range(len(self.names)))
+        if shuffled_labels:
+            cycle = torch.randperm(len(self.names), generator=seeded(seed, 0, 0, 1)).tolist()
+            self.label_of = [after for _, after in sorted(zip(cycle, cycle[1:] + cycle[:1], strict=True))]
         crops = augment is not None and augment.crop_scale is not None
         self.resized = "" if crops else "image" if original_labels else "all"
         self.cache = None if cache == "none" else SampleCache(cache, card, root, tasks, size, self.resized)
@@ -60,6 +66,10 @@ class DenseDataset(Dataset):
     def __getitem__(self, key: int | Key) -> transforms.Sample:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         packed = dict(self._packed(self.names[index]))
+        if self.label_of[index] != index:
+            other = self._packed(self.names[self.label_of[index]])
+            labels = {key: value for key, value in other.items() if key not in ("image", "frame")}
+            packed |= transforms.resize(labels, packed["image"].shape[-2:])
         frame = tuple(packed.pop("frame").tolist())
         sample = transforms.unpack(packed)
         if self.augment is None:

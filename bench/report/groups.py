@@ -213,6 +213,7 @@ def _title(members: Sequence[Found], device: str, weights: str) -> str:
         length,
         f"train limited to {spec.limit_train}" if spec.limit_train else "",
         f"val limited to {spec.limit_val}" if spec.limit_val else "",
+        "SHUFFLED LABELS" if spec.shuffled_labels else "",
         f"{len(spec.skipped)} unreadable skipped" if spec.skipped else "",
         f"{spec.image_size[0]}x{spec.image_size[1]}",
         "evaluated at original size" if spec.eval_size == "original" else "",

@@ -1,4 +1,8 @@
-"""The floor: what the best constant prediction scores. A figure means little without it."""
+"""The floor: what predictions that never look at the image score. A figure means little without it.
+
+The best constant, and the best map: a prediction for each place of the picture, the same for every image. What labels of
+other images can teach is at most the map (see --shuffle-labels).
+"""
 
 from __future__ import annotations
 
@@ -13,47 +17,79 @@ from bench.data.loader import labelled_parts
 from bench.train import metrics
 
 CERTAIN = 20.0  # a logit that no threshold exceeds
+BINARY = ("saliency", "edge")
+
+Sums = dict[str, tuple[Tensor, Tensor]]  # task -> labels (C, H, W) and valid labels (H, W), added up by place
 
 
-def fit_constants(batches: Iterable[Mapping[str, Tensor]], channels: Mapping[str, int]) -> dict[str, Tensor]:
-    """Task -> logits (C,) of the constant prediction that fits the training labels.
-
-    The most frequent class; foreground everywhere (nowhere scores less); the mean normal; the mean depth, which
-    minimises the RMSE.
-    """
-    sums = {task: torch.zeros(max(n, 3), dtype=torch.double) for task, n in channels.items()}
-    counts = dict.fromkeys(channels, 0)
+def sum_labels(batches: Iterable[Mapping[str, Tensor]], channels: Mapping[str, int]) -> Sums:
+    """Training labels by place: how often each class or the foreground occurs, sums of depths and normals."""
+    sums: Sums = {}
     for batch in batches:
         for task, n in channels.items():
             label = batch[task]
             if task == "normals":
-                sums[task] += label.double().sum((0, 2, 3))
+                values, valid = label, label.abs().sum(1) > 0
             elif task == "depth":
-                sums[task][0] += label.double().sum()
-                counts[task] += int((label > 0).sum())
-            elif task not in ("saliency", "edge"):
-                sums[task][:n] += torch.bincount(label[label != IGNORE], minlength=n).double()
-    constants = {}
-    for task, n in channels.items():
-        if task in ("saliency", "edge"):
-            constants[task] = torch.tensor([CERTAIN])
-        elif task == "depth":
-            constants[task] = (sums[task][:1] / max(counts[task], 1)).float()
-        elif task == "normals":
-            constants[task] = F.normalize(sums[task], dim=0).float()
-        else:
-            constants[task] = F.one_hot(sums[task][:n].argmax(), n).float() * CERTAIN
-    return constants
+                values, valid = label[:, None], label > 0
+            elif task in BINARY:
+                valid = label != IGNORE
+                values = torch.where(valid, label, 0)[:, None]
+            else:
+                valid = label != IGNORE
+                values = F.one_hot(label.clamp(max=n), n + 1)[..., :n].permute(0, 3, 1, 2)  # IGNORE is no class
+            values, count = values.double().sum(0), valid.sum(0)
+            before = sums.get(task)
+            sums[task] = (values, count) if before is None else (before[0] + values, before[1] + count)
+    return sums
 
 
-def score_constants(
-    constants: Mapping[str, Tensor], batches: Iterable[Mapping[str, Tensor]], channels: Mapping[str, int]
-) -> dict[str, dict[str, float]]:
-    """Metrics of the constant predictions over a set, as `evaluate` gives them for a model."""
-    accumulators = {task: metrics.make(task, n) for task, n in channels.items()}
+def best_constants(sums: Sums) -> dict[str, Tensor]:
+    """Task -> logits (C, 1, 1) of the constant prediction that fits the training labels.
+
+    The most frequent class; foreground everywhere (nowhere scores less); the mean normal; the mean depth, which
+    minimises the RMSE.
+    """
+    everywhere = {t: (v.sum((1, 2), keepdim=True), n.sum()[None, None]) for t, (v, n) in sums.items()}
+    return {
+        task: torch.full((1, 1, 1), CERTAIN) if task in BINARY else _prediction(task, *everywhere[task])
+        for task in sums
+    }
+
+
+def best_maps(sums: Sums) -> dict[str, Tensor]:
+    """Task -> logits (C, H, W): the same place by place, and how often there is foreground. A place that never had a
+    label takes the constant."""
+    constants = best_constants(sums)
+    return {
+        task: torch.where(count > 0, _prediction(task, values, count), constants[task])
+        for task, (values, count) in sums.items()
+    }
+
+
+def _prediction(task: str, values: Tensor, count: Tensor) -> Tensor:
+    if task == "normals":
+        return F.normalize(values, dim=0).float()
+    if task == "depth":
+        return (values / count.clamp(min=1)).float()
+    if task in BINARY:
+        return (values / count.clamp(min=1)).logit(1e-6).float()
+    return F.one_hot(values.argmax(0), len(values)).permute(2, 0, 1).float() * CERTAIN
+
+
+def score_floors(
+    floors: Iterable[Mapping[str, Tensor]], batches: Iterable[Mapping[str, Tensor]], channels: Mapping[str, int]
+) -> list[dict[str, dict[str, float]]]:
+    """Metrics of predictions that are the same for every image, as `evaluate` gives them for a model.
+
+    A floor maps each task to logits (C, 1, 1) or (C, H, W), which are resized to the labels.
+    """
+    floors = list(floors)
+    accumulators = [{task: metrics.make(task, n) for task, n in channels.items()} for _ in floors]
     for batch in batches:
-        for task, accumulator in accumulators.items():
+        for task in channels:
             for _, label in labelled_parts(batch[task]):
-                logits = constants[task].view(1, -1, 1, 1).expand(len(label), -1, *label.shape[-2:])
-                accumulator.update(logits, label)
-    return {task: accumulator.compute() for task, accumulator in accumulators.items()}
+                for floor, mine in zip(floors, accumulators, strict=True):
+                    resized = F.interpolate(floor[task][None], label.shape[-2:], mode="bilinear", align_corners=False)
+                    mine[task].update(resized.expand(len(label), -1, -1, -1), label)
+    return [{task: accumulator.compute() for task, accumulator in mine.items()} for mine in accumulators]

@@ -1,0 +1,86 @@
+"""Choosing a method's learning rate on the training split: which trials, and which of them was best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from bench.record import Record
+from bench.spec import Job, Trial, Tried, Tuned
+from bench.tasks import TASKS
+
+
+def trials(job: Job) -> list[Job]:
+    """A job for every rate of the recipe. They have seed 0, so that all seeds of a cell share them."""
+    spec, tuning = job.spec, job.spec.recipe.tune
+    return [
+        job.model_copy(
+            update={
+                "spec": spec.model_copy(
+                    update={
+                        "recipe": spec.recipe.with_rate(rate),
+                        "trial": Trial(length=tuning.length, holdout=tuning.holdout),
+                        "seed": 0,
+                    }
+                ),
+                "keep_weights": False,
+                "probes": 0,
+            }
+        )
+        for rate in tuning.rates
+    ]
+
+
+def held_out(names: Sequence[str], share: float, blocks: int = 8) -> tuple[list[str], list[str]]:
+    """(names to train on, names held out), both in file order.
+
+    Neighbours in file order often show the same place, so whole runs are held out: the end of each of `blocks` equal
+    parts. At least one name stays on either side.
+    """
+    count = len(names)
+    if count < 2:
+        raise ValueError(f"{count} image cannot be split into some to train on and some to hold out")
+    blocks = min(blocks, max(1, round(count * share)), count // 2)
+    edges = [round(i * count / blocks) for i in range(blocks + 1)]
+    out = set()
+    for start, end in zip(edges, edges[1:], strict=False):
+        out |= set(range(end - min(max(1, round((end - start) * share)), end - start - 1), end))
+    return [n for i, n in enumerate(names) if i not in out], [n for i, n in enumerate(names) if i in out]
+
+
+def score(record: Record) -> float | None:
+    """Mean over tasks of the headline figure's logarithm, with the sign turned where lower is better; None where the
+    trial failed or a task has no figure.
+
+    The difference of two scores is, for small differences, Delta-m (BDTA paper, equation 13) of one trial against the
+    other; unlike Delta-m itself it needs no reference and puts all trials in one order.
+    """
+    if record.status != "ok":
+        return None
+    total = 0.0
+    for task in record.spec.tasks:
+        headline = TASKS[task].headline
+        value = record.metrics.get(task, {}).get(headline.key)
+        if value is None:
+            return None
+        sign = 1 if headline.higher_is_better else -1
+        total += sign * (math.log(value) if value > 0 else -math.inf)
+    total /= len(record.spec.tasks)
+    return total if math.isfinite(total) else None
+
+
+def choose(records: Sequence[Record]) -> Tuned | None:
+    """The rate with the best score, the smaller one of equals; None where no trial has a score."""
+    tried = [
+        Tried(
+            rate=record.spec.recipe.optimizer.lr,
+            status=record.status,
+            score=score(record),
+            figures={task: record.metrics.get(task, {}).get(TASKS[task].headline.key) for task in record.spec.tasks},
+        )
+        for record in records
+    ]
+    scored = [each for each in tried if each.score is not None]
+    if not scored:
+        return None
+    return Tuned(rate=max(scored, key=lambda each: (each.score, -each.rate)).rate, tried=tuple(tried))
