@@ -17,6 +17,7 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 MemoryUse = Literal["default", "low"]  # low: activation checkpointing, the same figures for more time
 
+
 class Trial(BaseModel):
     """Of a learning rate, on the training split alone; see bench.recipe.Tuning."""
 

@@ -115,7 +115,8 @@ def _try(trial: Job, label: str, progress: Progress, console: Console, retry: bo
         console.print(f"[red]{result.status.replace('_', ' ')}[/red]  {label}{reason}")
     else:
         value = score(result)
-        console.print(f"{verb}  {label}: score {'none' if value is None else f'{value:.4f}'} on held-out training images")
+        told = "no score" if value is None else f"score {value:.4f}"
+        console.print(f"{verb}  {label}: {told} on held-out training images")
     return result
 
 

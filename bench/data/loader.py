@@ -26,9 +26,9 @@ class DenseDataset(Dataset):
 
     With `original_labels` the image alone has that size, and the labels keep their own. `skipped` ids are left out;
     `names` are ids to take whatever split, limit and skipped say. `cache` keeps decoded and resized samples
-    (bench.data.samples). With `shuffled_labels` every image has the labels of another one, the same one in every epoch:
-    a control that must learn nothing of the image. Resizing comes first, and augmentation turns and zooms as if it had come last, as in the
-    MTLoRA code family; where a recipe crops, it does come last.
+    (bench.data.samples). Resizing comes first, and augmentation turns and zooms as if it had come last, as in the
+    MTLoRA code family; where a recipe crops, it does come last. With `shuffled_labels` every image has the labels of
+    another one, the same one in every epoch: a control from which nothing can be learnt of the images.
     """
 
     def __init__(

@@ -20,7 +20,8 @@ FAMILIES = ("fine-tuning", "single-task PEFT", "multi-task PEFT")
 
 
 def collect(folder: Path) -> tuple[list[Found], list[str]]:
-    """Every record under a folder, and a line for each JSON file that could not be read as one.
+    """Every record under a folder but those of learning rates' trials, which are in the records that they were for; and
+    a line for each JSON file that could not be read as one.
 
     Raises BenchError where there is no folder or no record.
     """
@@ -28,9 +29,14 @@ def collect(folder: Path) -> tuple[list[Found], list[str]]:
     if not folder.is_dir():
         raise BenchError(f"no folder {folder}; {advice}")
     everything = list(scan(folder))
-    found = [item for item in everything if isinstance(item, Found)]
+    records = [item for item in everything if isinstance(item, Found)]
+    found = [item for item in records if item.record.spec.trial is None]
     problems = [" ".join(str(item).split()) for item in everything if isinstance(item, BenchError)]
     if not found:
+        if records:
+            raise BenchError(
+                f"{folder} has only trials of learning rates ({len(records)}); the same `bench run` goes on from them"
+            )
         unreadable = f" ({len(problems)} unreadable, the first: {problems[0]})" if problems else ""
         raise BenchError(f"no record in {folder}{unreadable}; {advice}")
     return found, problems

@@ -15,7 +15,7 @@ from rich.text import Text
 from bench.record import REPORT, write_atomically
 from bench.report import latex, published, tables
 from bench.report.groups import Group, Mixture, collect, differences, groups, mixtures
-from bench.report.sheets import MISSING, Cell, Sheet, accuracy_sheet, efficiency_sheet
+from bench.report.sheets import MISSING, Cell, Sheet, accuracy_sheet, efficiency_sheet, rates_sheet
 
 LABEL_WIDTH = (14, 30)  # characters of the method column: at least, and what is granted before figures are stacked
 
@@ -161,7 +161,7 @@ def report(folder: Path, out: Path | None, reference: str | None, console: Conso
     files["report.tex"] = latex.document(latex_tables)
     files[REPORT] = json.dumps({"tables": data, "unreadable": problems}, indent=1, ensure_ascii=False) + "\n"
     files["report.md"] = "\n\n".join(parts) + "\n"
-    for stale in out.glob("table[12]-*.csv"):
+    for stale in (*out.glob("table[12]-*.csv"), *out.glob("rates-*.csv")):
         if stale.name not in files:
             stale.unlink()  # of records that are no longer there
     for name, text in files.items():
@@ -202,6 +202,9 @@ def _sheets(group: Group, reference: str | None) -> list[tuple[str, str, pd.Data
         made.append(("table1", f"Table 1. Accuracy{suffix}", table, accuracy_sheet(group, table, against)))
     table = tables.efficiency_table(group, reference, strict=False)
     made.append(("table2", f"Table 2. Efficiency{suffix}", table, efficiency_sheet(group, table, against)))
+    tuned = tables.rates_table(group)
+    if tuned is not None:
+        made.append(("rates", "Learning rates", tuned, rates_sheet(group, tuned)))
     return made
 
 
@@ -210,6 +213,8 @@ def _mixed_sheets(mixture: Mixture, reference: str | None) -> list[tuple[str, st
     frames: dict[str, list[tuple[str, Group, pd.DataFrame]]] = {}
     for group, label in zip(mixture.groups, mixture.labels, strict=True):
         for name, caption, table, _ in _sheets(group, reference):
+            if name == "rates":  # they belong to one setting
+                continue
             if label:
                 table = table[table[tables.STATUS] != "published"]
                 table = table.assign(**{tables.METHOD: table[tables.METHOD] + f" · {label}"})

@@ -147,6 +147,22 @@ def efficiency_sheet(group: Group, table: pd.DataFrame, against: str) -> Sheet:
     return _sheet(table, views, [*_notes(group, table, against), *notes])
 
 
+def rates_sheet(group: Group, table: pd.DataFrame) -> Sheet:
+    tuning = group.spec.recipe.tune
+    views = [View("chosen", tables.RATE, lambda rate: f"{rate:g}")]
+    for rate in sorted(tuning.rates):
+        views.append(View(tables.rate_column(rate), tables.rate_column(rate), signed))
+    notes = [
+        f"Each method tried the same {len(tuning.rates)} learning rates for {tuning.length:.0%} of the steps on "
+        f"{1 - tuning.holdout:.0%} of the training images. Figures: by how many percent the tasks' metrics were worse "
+        "than at the chosen rate (geometric mean) on the other training images; the validation split was not looked at."
+    ]
+    edge = table.loc[table[tables.RATE_AT_EDGE], tables.METHOD].tolist()
+    if edge:
+        notes.append(f"Chosen at the edge of what was tried, so a better rate may lie beyond it: {', '.join(edge)}.")
+    return _sheet(table, views, notes)
+
+
 def _delta() -> View:
     return View(f"Δm %{SPACE}↑", tables.DELTA, signed, 1, tables.interval(tables.DELTA), lambda v: f"±{v:.2f}")
 

@@ -18,6 +18,7 @@ from bench.report.groups import weights_of
 from bench.report.render import say
 from bench.report.sheets import MISSING
 from bench.report.tables import GIB
+from bench.spec import Tried
 from bench.tasks import TASKS
 
 ESTIMATED = {"peak", "weights", "phases", "evaluation"}
@@ -92,12 +93,24 @@ def _sections(record: Record) -> dict[str, dict[str, Any]]:
             **_achieved(record),
             "steps": f"{len(seconds)} after {time.warmup} of warm-up", "batch size": time.batch_size,
         } if time else {},
+        "Learning rate": {
+            "trained with": record.tuned.rate,
+            **{f"trial of {each.rate:g}": _trial(each) for each in record.tuned.tried},
+        } if record.tuned else {},
         "Found before training": {
             key: json.dumps(_rounded(value)) if isinstance(value, (list, dict)) else value
             for key, value in record.preparation.items()
         },
         "Metrics": metrics,
     }  # fmt: skip
+
+
+def _trial(tried: Tried) -> str:
+    """Score and headline figures on held-out training images."""
+    if tried.score is None:
+        return tried.status.replace("_", " ") if tried.status != "ok" else "no score: a task has no figure"
+    figures = ", ".join(f"{TASKS[task].title} {value:.4g}" for task, value in tried.figures.items())
+    return f"score {tried.score:.4f} on held-out training images ({figures})"
 
 
 def _achieved(record: Record) -> dict[str, str]:

@@ -5,6 +5,7 @@ Number columns stay numeric: a figure that is missing is NaN, and a column besid
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ CPU_PROCESS, CPU_MEDIAN, CPU_P90 = (
 )
 PASSES, MACS = "backbone passes an image", "forward (GMAC an image)"
 P_VALUE = "p, paired over seeds, against the best other"
+RATE, RATE_AT_EDGE = "learning rate", "at the edge of the rates tried"
 MEMORY_PRINTED, TIME_PRINTED = "published memory (GB, as printed)", "published time (s/batch)"
 
 BASELINE = "single_task_full"
@@ -142,7 +144,7 @@ def accuracy_table(group: Group, reference: str | None = None, *, strict: bool =
     hold it, unless not `strict`: then Delta-m is missing.
     """
     against = _checked(group, reference, strict)
-    rows = [_floor(group)] if any(item.record.floor for item in group.found) else []
+    rows = _floors(group)
     measured = [measured_row(group, records, against) for records in group.methods()]
     by_seed = [_deltas_by_seed(group, records, against) for records in group.methods()]
     for index, row in enumerate(measured):
@@ -183,11 +185,41 @@ def _deltas_by_seed(group: Group, records: Sequence[Record], against: Baseline) 
     return found
 
 
-def _floor(group: Group) -> dict[str, Any]:
-    """The best constant prediction on this data: a method that does not beat it has learnt nothing."""
-    floor = next(item.record.floor for item in group.found if item.record.floor)
-    metrics = {headline(t): floor.get(t, {}).get(TASKS[t].headline.key) for t in group.spec.tasks}
-    return {METHOD: "Constant prediction", FAMILY: "floor", STATUS: "floor", SOURCE: "measured", TP: 0.0} | metrics
+def _floors(group: Group) -> list[dict[str, Any]]:
+    """The best predictions on this data that do not look at the image: the best constant, and the best one a pixel. A
+    method that does not beat them has learnt nothing of the images."""
+    rows = []
+    for name, title in (("floor", "Constant prediction"), ("floor_map", "Constant per pixel")):
+        floor = next((found for item in group.found if (found := getattr(item.record, name))), None)
+        if floor:
+            metrics = {headline(t): floor.get(t, {}).get(TASKS[t].headline.key) for t in group.spec.tasks}
+            about = {METHOD: title, FAMILY: "floor", STATUS: "floor", SOURCE: "measured", TP: 0.0}
+            rows.append(about | metrics)
+    return rows
+
+
+def rate_column(rate: float) -> str:
+    return f"lr {rate:g}"
+
+
+def rates_table(group: Group) -> pd.DataFrame | None:
+    """Learning rates that each method has tried: the one it was trained with, and by how many percent all figures
+    were worse at each other one (geometric mean, on held-out training images). None where nothing was tuned.
+    """
+    rows = []
+    for records in group.methods():
+        tuned = next((record.tuned for record in _counted(records) if record.tuned), None)
+        if tuned is None:
+            continue
+        best = max(each.score for each in tuned.tried if each.score is not None)
+        rates = [each.rate for each in tuned.tried]
+        lost = {
+            rate_column(each.rate): float("nan") if each.score is None else 100 * math.expm1(each.score - best)
+            for each in tuned.tried
+        }
+        edge = tuned.rate in (min(rates), max(rates))
+        rows.append(_common(group, records) | lost | {RATE: tuned.rate, RATE_AT_EDGE: edge})
+    return pd.DataFrame(rows) if rows else None
 
 
 def efficiency_table(group: Group, reference: str | None = None, *, strict: bool = True) -> pd.DataFrame:

@@ -1,7 +1,7 @@
 """The floor: what predictions that never look at the image score. A figure means little without it.
 
-The best constant, and the best map: a prediction for each place of the picture, the same for every image. What labels of
-other images can teach is at most the map (see --shuffle-labels).
+The best constant, and the best map: a prediction for each place of the picture, the same for every image. The labels
+of other images can teach no more than the map (see --shuffle-labels).
 """
 
 from __future__ import annotations

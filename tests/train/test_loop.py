@@ -20,7 +20,7 @@ from bench.errors import BenchError
 from bench.measure.profile import synthetic_batch
 from bench.recipe import Augment, Optimizer, Recipe, Schedule
 from bench.train import metrics
-from bench.train.floor import score_constants
+from bench.train.floor import score_floors
 from bench.train.loop import (
     DivergedError,
     Progress,
@@ -544,7 +544,8 @@ def test_evaluation_at_original_size_image_by_image(trainer, odd, batch):
     theirs, _ = evaluate(runner.model, network, channels, batch, 0, runner.accelerator, lambda *args: None)
     assert theirs["depth"]["rmse"] != ours["depth"]["rmse"]
 
-    floor = score_constants({"depth": torch.tensor([3.0])}, validation_batches(val, batch, 0, pin=False), {"depth": 1})
+    three = {"depth": torch.full((1, 1, 1), 3.0)}
+    (floor,) = score_floors([three], validation_batches(val, batch, 0, pin=False), {"depth": 1})
     truth = torch.cat([val[i]["depth"].flatten() for i in range(3)])
     assert floor["depth"]["rmse"] == pytest.approx((truth - 3).square().mean().sqrt().item(), rel=1e-5)
 

@@ -1,0 +1,236 @@
+"""Learning rates: which images are held out, what a trial is scored by, and a run that tunes."""
+
+import math
+import signal
+import subprocess
+import sys
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from bench import record as records
+from bench.recipe import Recipe
+from bench.tasks import TASKS, delta_m
+from bench.tuning import choose, held_out, score
+from tests.report import records as make
+from tests.test_sweep import RECIPE, asked, bench, found
+
+TUNE = {"rates": [1e-5, 1e-2], "length": 0.5, "holdout": 0.34}
+TUNED = {"optimizer": {"name": "adamw"}, "tune": TUNE, "steps": 12}
+
+
+# which images
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 8, 40, 241, 795])
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.9])
+def test_held_out_images_are_runs_of_about_the_share(count, share):
+    names = [f"{i:04}" for i in range(count)]
+    kept, out = held_out(names, share)
+    assert sorted(kept + out) == names and kept == sorted(kept) and out == sorted(out) and kept and out
+    assert abs(len(out) - count * share) <= max(1, 0.5 * 8)
+    runs = sum(int(b) - int(a) > 1 for a, b in zip(out, out[1:], strict=False)) + 1
+    assert runs <= 8
+
+
+def test_one_image_cannot_be_split():
+    with pytest.raises(ValueError, match="1 image cannot be split"):
+        held_out(["a"], 0.2)
+
+
+# which rate
+
+
+def trial(tmp_path, rate, figures, **changes):
+    recipe = make.recipe(optimizer={"name": "adamw", "lr": rate})
+    path = make.make(
+        tmp_path / f"{rate}", figures=figures, recipe=recipe, trial={"length": 0.25, "holdout": 0.2}, **changes
+    )
+    return records.read(path)
+
+
+def test_scores_differ_by_delta_m(tmp_path):
+    """To first order, as the docstring says; the reference drops out."""
+    a = {"semseg": 50.0, "normals": 20.0, "depth": 0.8}
+    b = {"semseg": 50.1, "normals": 19.98, "depth": 0.801}
+    difference = score(trial(tmp_path, 1e-3, b)) - score(trial(tmp_path, 1e-4, a))
+    assert 100 * difference == pytest.approx(delta_m(b, a), rel=0.02)
+    assert difference == pytest.approx((math.log(50.1 / 50) - math.log(19.98 / 20) - math.log(0.801 / 0.8)) / 3)
+
+
+def test_the_best_rate_is_chosen_and_the_smaller_of_equals(tmp_path):
+    good, bad = {"semseg": 50.0, "normals": 20.0}, {"semseg": 50.0, "normals": 21.0}
+    trials = [trial(tmp_path, 1e-2, good), trial(tmp_path, 1e-4, bad), trial(tmp_path, 1e-3, good)]
+    tuned = choose(trials)
+    assert tuned.rate == 1e-3 and [each.rate for each in tuned.tried] == [1e-2, 1e-4, 1e-3]
+    assert tuned.tried[1].figures == bad
+
+
+def test_what_has_no_figure_is_never_chosen(tmp_path):
+    dead = trial(tmp_path, 1e-2, {"semseg": 0.0, "normals": 20.0})
+    diverged = trial(tmp_path, 1e-1, {"semseg": 90.0, "normals": 1.0}, status="diverged")
+    partial = trial(tmp_path, 1, {"semseg": 90.0, "normals": 1.0}, metrics={"semseg": {"mIoU": 90.0}})
+    fine = trial(tmp_path, 1e-3, {"semseg": 1.0, "normals": 40.0})
+    assert [score(each) for each in (dead, diverged, partial)] == [None] * 3
+    assert choose([dead, diverged, partial, fine]).rate == 1e-3
+    assert choose([dead, diverged]) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"tune": TUNE}, "exactly one of optimizer.lr and tune"),
+        ({"optimizer": {"name": "adamw"}}, "exactly one of optimizer.lr and tune"),
+        (TUNED | {"tune": TUNE | {"rates": [1e-3]}}, "at least 2"),
+        (TUNED | {"tune": TUNE | {"rates": [1e-3, 1e-3]}}, "twice"),
+        (TUNED | {"tune": TUNE | {"holdout": 1}}, "less than 1"),
+    ],
+)
+def test_recipes_that_tune_nothing_or_wrongly_are_refused(changes, complaint):
+    with pytest.raises(ValidationError, match=complaint):
+        Recipe(**(RECIPE | changes))
+
+
+def test_old_records_keep_their_hash(tmp_path):
+    """A cell of before there was tuning is found again by the same hash."""
+    spec = records.read(make.make(tmp_path)).spec
+    assert not {"trial", "shuffled_labels"} & set(spec.setting()) and "tune" not in spec.setting()["recipe"]
+    for change in ({"trial": {"length": 0.25, "holdout": 0.2}}, {"shuffled_labels": True}):
+        assert type(spec).model_validate(spec.model_dump() | change).hash != spec.hash
+
+
+# a run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuned")
+    args = (*asked(folder, **TUNED), "--seeds", "0,1", "--out", folder / "runs")
+    first = bench(*args)
+    stamps = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.json")}
+    again = bench(*args)
+    touched = {path for path in (folder / "runs").rglob("*.json") if stamps.get(path) != path.stat().st_mtime_ns}
+    return {"out": folder / "runs", "first": first, "again": again, "touched": touched, "args": args}
+
+
+def parts(out):
+    everything = found(out)
+    return [r for r in everything if r.spec.trial], [r for r in everything if not r.spec.trial]
+
+
+def test_each_rate_is_tried_once_for_all_seeds(tuned):
+    assert tuned["first"].exit_code == 0, tuned["first"].output
+    tried, cells = parts(tuned["out"])
+    assert sorted(r.spec.recipe.optimizer.lr for r in tried) == TUNE["rates"]
+    assert {r.spec.seed for r in tried} == {0} and {r.spec.seed for r in cells} == {0, 1}
+    assert len({r.spec.hash for r in cells}) == 1 and not tuned["touched"] and tuned["again"].exit_code == 0
+    assert {r.history[-1]["step"] for r in tried} == {6} and {r.history[-1]["step"] for r in cells} == {12}
+
+
+def test_a_cell_trains_with_the_best_rate_and_says_so(tuned):
+    tried, cells = parts(tuned["out"])
+    best = max(tried, key=score)
+    for cell in cells:
+        assert cell.tuned == choose(sorted(tried, key=lambda r: r.spec.recipe.optimizer.lr))
+        assert cell.history[0]["lr"] == pytest.approx(best.spec.recipe.optimizer.lr, rel=0.05)  # cosine, a step in
+    shown = bench("show", cells[0].spec.hash + "-s0", "--folder", tuned["out"])
+    assert "trained with" in shown.output and "trial of 1e-05" in shown.output
+
+
+def test_a_trial_is_scored_on_training_images_that_it_did_not_train_on(tuned):
+    """The trial again, by hand: trained on the images kept, evaluated on those held out."""
+    import torch
+    from accelerate import Accelerator
+
+    from bench.data import card as cards
+    from bench.data.loader import DenseDataset
+    from bench.train.loop import Trainer, evaluate, train
+    from methods.backbones.load import WeightSource, load_backbone
+    from methods.model import Setting
+    from methods.registry import parse
+
+    tried, _ = parts(tuned["out"])
+    spec = tried[0].spec
+    card = cards.load(spec.dataset)
+    names = DenseDataset(card, "train", spec.tasks, spec.image_size, limit=spec.limit_train).names
+    kept, held = held_out(names, 0.34)
+    assert (len(kept), len(held)) == (4, 2)
+    channels = card.channels(spec.tasks)
+    torch.manual_seed(0)
+    (method,) = parse(spec.method)
+    model = method.build(
+        load_backbone(spec.backbone, spec.image_size, WeightSource("random")), channels, Setting("published", None)
+    )
+    accelerator = Accelerator(cpu=True)
+    trainer = Trainer(model, spec.recipe, 2, 6, accelerator)
+    torch.manual_seed(0)
+    how = {"augment": spec.recipe.augment, "seed": 0}
+    inner = DenseDataset(card, "train", spec.tasks, spec.image_size, names=kept, **how)
+    train(trainer, inner, 2, 0, tuned["out"] / "none", 1e9, lambda *a: None)
+    outer = DenseDataset(card, "train", spec.tasks, spec.image_size, names=held)
+    values, _ = evaluate(trainer.model, outer, channels, 2, 0, accelerator, lambda *a: None)
+    for task in spec.tasks:
+        assert tried[0].metrics[task] == pytest.approx(values[task], rel=1e-4)
+
+
+def test_reports_show_the_rates_and_no_trial(tuned):
+    shown = bench("report", tuned["out"])
+    assert shown.exit_code == 0 and "Learning rates" in shown.output and "2 records in 1 groups" not in shown.output
+    assert shown.output.count("Table 1.") == 1 and "edge of what was tried" in shown.output
+    _, cells = parts(tuned["out"])
+    lost = {each.rate: each.score for each in cells[0].tuned.tried}
+    worst = 100 * (math.exp(min(lost.values()) - max(lost.values())) - 1)
+    assert f"{worst:+.2f}" in shown.output
+
+
+def test_only_trials_are_nothing_to_report(tuned, tmp_path):
+    tried, _ = parts(tuned["out"])
+    tried[0].write(tmp_path)
+    shown = bench("report", tmp_path)
+    assert shown.exit_code == 2 and "only trials of learning rates" in " ".join(shown.output.split())
+
+
+def test_no_rate_that_works_is_a_failed_cell(tmp_path):
+    args = asked(tmp_path, **(TUNED | {"tune": TUNE | {"rates": [1e30, 1e35]}, "steps": 400, "clip_norm": None}))
+    result = bench(*args, "--image-size", "32", "--out", tmp_path / "runs", "--seeds", "3")
+    assert result.exit_code == 1
+    tried, (cell,) = parts(tmp_path / "runs")
+    assert [r.status for r in tried] == ["diverged"] * 2
+    assert cell.status == "diverged" and "no learning rate came to a score" in cell.failure.message
+    assert "not finite" in cell.failure.message
+
+
+def test_interrupted_trials_go_on(tmp_path):
+    """The same figures as without an interrupt, and no trial twice."""
+    asked(tmp_path, **TUNED)
+    command = [sys.executable, "-m", "bench", *map(str, asked(tmp_path, **TUNED)), "--out", str(tmp_path / "runs")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while not list((tmp_path / "runs").rglob("*.json")):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode == 130
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*.json") if records.read(p).status == "ok"}
+    done = bench(*asked(tmp_path, **TUNED), "--out", tmp_path / "runs")
+    assert done.exit_code == 0 and stamps and all(p.stat().st_mtime_ns == s for p, s in stamps.items())
+    _, (cell,) = parts(tmp_path / "runs")
+    assert cell.status == "ok" and cell.tuned and set(cell.tuned.tried[0].figures) == {"semseg", "depth"}
+    assert all(TASKS[task] for task in cell.metrics)
+
+
+def test_efficiency_alone_tunes_nothing(tmp_path):
+    path = tmp_path / "few.yaml"
+    asked(tmp_path, **TUNED)
+    assert "tune" in yaml.safe_load(path.read_text())
+    result = bench(*asked(tmp_path, **TUNED), "--steps", "0", "--out", tmp_path / "runs")
+    assert result.exit_code == 0, result.output
+    (cell,) = found(tmp_path / "runs")
+    assert cell.tuned is None and cell.time
