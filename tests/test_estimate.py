@@ -82,6 +82,24 @@ def test_holders_and_operations_by_hand():
     assert live.holders[""] == 16 * 64 * 4  # the input
 
 
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("first", [True, False])
+def test_operations_of_a_convolution_with_groups(kind, groups, first):
+    """The gradients of input and weight are sums over the same products as the output is, so each takes as many
+    operations; an image's gradient is not asked for."""
+    layer = kind(8, 16, 3, stride=2, groups=groups, bias=True)
+    x = torch.ones(2, 8, 9, 7, requires_grad=not first)
+    with LiveBytes() as live:
+        live.phase("forward")
+        out = layer(x)
+        live.phase("backward")
+        out.sum().backward()
+    places = (x if kind is nn.ConvTranspose2d else out).shape[2:].numel()
+    by_hand = 2 * 2 * places * 9 * 8 * 16 // groups
+    assert live.flops == {"forward": by_hand, "backward": by_hand * (1 if first else 2)}
+
+
 # fake against real
 
 

@@ -6,8 +6,10 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,13 +18,30 @@ from torch.utils.flop_counter import flop_registry
 OUTSIDE = ""  # the owner of what is made while no module runs: losses, gradients, optimizer
 
 
+def conv_backward_flops(
+    grad: Tensor, x: Tensor, weight: Tensor, *args: Any, out_val: tuple[Tensor | None, ...], **kwargs: Any
+) -> int:
+    """The gradient of the input and that of the weight take as many operations as the forward each.
+
+    torch's own formula takes every convolution for one without groups where it comes to the weight's gradient: of a
+    depthwise one over C channels it counts C times as many operations as there are.
+    """
+    transposed = args[4]  # after the bias' sizes, stride, padding and dilation
+    places = (x if transposed else grad).shape[2:]
+    once = 2 * x.shape[0] * prod(places) * weight.numel()
+    return once * sum(out is not None for out in out_val[:2])
+
+
+FORMULAS = flop_registry | {torch.ops.aten.convolution_backward: conv_backward_flops}
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts every storage from the operator that makes it until it is freed, rounded up to `granule` bytes.
 
     Temporaries inside one operator (a kernel's workspace) are not seen. `peaks` holds the largest sum by phase;
     `holders` who owned the bytes when the largest of all was reached: the innermost module running when a storage was
-    made, by its path in `model`. `flops` by phase are those of torch's own flop counter: matrix products, convolutions
-    and attention, a multiplication and an addition each.
+    made, by its path in `model`. `flops` by phase are those of matrix products, convolutions and attention, a
+    multiplication and an addition each, by torch's own formulas but for one (see `conv_backward_flops`).
     """
 
     def __init__(self, granule: int = 1) -> None:
@@ -71,7 +90,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if formula := flop_registry.get(func._overloadpacket):
+        if formula := FORMULAS.get(func._overloadpacket):
             self.flops[self._phase] += formula(*args, **kwargs, out_val=out)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
