@@ -185,6 +185,10 @@ def report(
         raise BenchError("--table is a paper's own: leave --reference, --mix and --html out")
     if html and mix:
         raise BenchError("--html has the rows of all settings in one table anyway: leave --mix out")
+    if html and json:
+        raise BenchError("--html writes a page and --json prints the tables: ask for one of them at a time")
+    if gallery and not html:
+        raise BenchError("--gallery goes with --html")
     if table:
         papers.report(table, folder, save, Console(), json)
         return
@@ -208,7 +212,7 @@ def compare(
     everything: Annotated[bool, typer.Option("--all", help="What stays the same too.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Every figure as JSON.")] = False,
 ) -> None:
-    """Two folders of records, cell by cell. Exit code 1 where a figure of B is worse, or a cell of A is gone."""
+    """Two folders of records, cell by cell. Exit code 1 where B is worse, lacks a cell, or a record is unreadable."""
     from bench.report import compare
 
     found = compare.changes(a, b, compare.Thresholds(memory / 100, time / 100, metric / 100))
@@ -216,7 +220,7 @@ def compare(
         print(compare.as_json(found))
     else:
         compare.show(found, everything, Console())
-    if any(change.verdict in ("worse", "gone") for change in found):
+    if any(change.verdict in compare.BAD for change in found):
         raise typer.Exit(1)
 
 
@@ -395,7 +399,9 @@ def figure(
     weights: Annotated[Path | None, typer.Option(help="The backbone's checkpoint, where it came from a file.")] = None,
     dataset: Annotated[str | None, typer.Option(help="The card, where the record's is a file of your own.")] = None,
     data_root: Annotated[Path | None, typer.Option(help="Folder that the card's files lie in.")] = None,
-    images: Annotated[int, typer.Option(min=1, max=16, help="For predictions and features: so many.")] = 2,
+    images: Annotated[
+        int | None, typer.Option(min=1, max=16, help="For predictions and features: so many. (default: 2)")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where PNG and SVG go.")] = Path("figures"),
 ) -> None:
     """A figure from records, or from trained models and their validation images, as PNG and SVG."""

@@ -25,8 +25,8 @@ TOLERANCE = 1e-3  # of the largest output of a task
 
 
 def export(trained: Trained, out: Path, images: Sequence[Path], console: Console) -> None:
-    """Write trained.safetensors, record.json, README.md and model.pt2 into `out`, and check the exported model against
-    PyTorch on the images, or on rendered scenes where none are given.
+    """Write record.json, record.trained.safetensors, README.md and model.pt2 into
+    `out`, and check the exported model against PyTorch on the images, or on rendered scenes where none are given.
 
     Raises BenchError where the model cannot be exported, or where it answers differently.
     """
@@ -35,8 +35,8 @@ def export(trained: Trained, out: Path, images: Sequence[Path], console: Console
     model = trained.model
     model.requires_grad_(False)
     out.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(trained_weights(trained.path), out / "trained.safetensors")
     shutil.copyfile(trained.path, out / "record.json")
+    shutil.copyfile(trained_weights(trained.path), trained_weights(out / "record.json"))
     try:
         with torch.no_grad():
             program = torch.export.export(model, (samples[:1],), strict=False)
@@ -50,7 +50,7 @@ def export(trained: Trained, out: Path, images: Sequence[Path], console: Console
         path.unlink()
         raise
     write_atomically(out / "README.md", model_card(trained, worst, which))
-    console.print(f"wrote trained.safetensors, record.json, README.md and model.pt2 to {out}", soft_wrap=True)
+    console.print(f"wrote record.json, record.trained.safetensors, README.md and model.pt2 to {out}", soft_wrap=True)
     console.print(f"exported model against PyTorch on {which}: largest relative difference {max(worst.values()):.1e}")
 
 
@@ -114,8 +114,9 @@ def model_card(trained: Trained, worst: dict[str, float], which: str) -> str:
         f"- `model.pt2`: the whole model by torch.export for one image, float32 (1, 3, {height}, {width}) in [0, 1] "
         "(normalisation is inside) -> a dictionary of logits (1, channels, height, width). "
         "`torch.export.load('model.pt2').module()` runs it without this project.",
-        "- `trained.safetensors`: what training changed; `bench predict --record` puts it on the backbone.",
         "- `record.json`: every setting, what it was run on and all figures.",
+        "- `record.trained.safetensors`: what training changed; `bench predict IMAGE --record record.json` puts it on "
+        f"the backbone{' (its checkpoint: `--weights`)' if spec.weights.startswith('file:') else ''}.",
         f"Exported against PyTorch on {which}: largest differences, relative to the largest output: "
         + ", ".join(f"{task} {value:.1e}" for task, value in worst.items())
         + ".",

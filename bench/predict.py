@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,13 +15,14 @@ from torch import Tensor
 
 from bench.data import decode, transforms
 from bench.data.card import Card
-from bench.data.preview import HEADER, MARGIN, draw, save
+from bench.data.preview import HEADER, MARGIN, draw, palette, save
 from bench.errors import BenchError
+from bench.record import write_atomically
 from bench.trained import Trained
 from methods.model import upsample_logits
 
 ARRAYS = (
-    "Arrays, (height, width) of the image: semseg and human_parts uint8 class numbers in card order, saliency and "
+    "Arrays, (height, width) of the image: semseg and human_parts uint8 class numbers (classes.json), saliency and "
     "edge float32 probabilities, depth float32 metres, normals float32 (height, width, 3) unit vectors in the camera "
     "frame (x right, y down)."
 )
@@ -74,7 +76,8 @@ def strip(image: np.ndarray, pictures: dict[str, np.ndarray]) -> Image.Image:
 
 
 def run(trained: Trained, images: Sequence[Path], out: Path, device: torch.device, console: Console) -> None:
-    """Write `NAME.npz`, `NAME_TASK.png` and `NAME.png`, all side by side, for every image.
+    """Write `NAME.npz`, `NAME_TASK.png` and `NAME.png`, all side by side, for every image; and classes.json, what the
+    class numbers stand for and their colours.
 
     Raises BenchError for a file that is no image, before anything is written.
     """
@@ -82,7 +85,11 @@ def run(trained: Trained, images: Sequence[Path], out: Path, device: torch.devic
     twice = next((stem for stem in stems if stems.count(stem) > 1), None)
     if twice is not None:
         raise BenchError(f"two images are called {twice}: their predictions would overwrite each other")
+    if out.exists() and not out.is_dir():
+        raise BenchError(f"--out {out} is a file; name a folder")
     for path in images:
+        if path.is_dir():
+            raise BenchError(f"{path} is a folder; name image files, e.g. {path}/*.jpg")
         decode.read_image(path)
     trained.model.to(device)
     for path in images:
@@ -94,4 +101,14 @@ def run(trained: Trained, images: Sequence[Path], out: Path, device: torch.devic
         save(strip(image, pictures), out / f"{path.stem}.png")
         np.savez_compressed(out / f"{path.stem}.npz", **arrays)
         console.print(f"{path}: {', '.join(arrays)} -> {out / path.stem}.png", soft_wrap=True)
+    classes = {
+        task: [
+            {"number": number, "name": name, "colour": "#" + bytes(colour).hex()}
+            for number, (name, colour) in enumerate(zip(names, palette(trained.card, task).tolist(), strict=True))
+        ]
+        for task in trained.record.spec.tasks
+        if (names := trained.card.tasks[task].classes)
+    }
+    if classes:
+        write_atomically(out / "classes.json", json.dumps(classes, indent=1, ensure_ascii=False) + "\n")
     console.print(ARRAYS, style="dim")

@@ -209,10 +209,12 @@ def read(path: Path) -> Record:
     except OSError as error:
         raise BenchError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise BenchError(f"{path} is not a whole JSON record ({error}); delete it and run the cell again") from error
+        raise BenchError(
+            f"{path} is no JSON, or half of it ({error}); if it was a record, delete it and run its cell again"
+        ) from error
     version = data.get("schema") if isinstance(data, dict) else None
     if not isinstance(version, int):
-        raise BenchError(f"{path} is not a bench record (no 'schema' number)")
+        raise BenchError(f"{path} is not a bench record (no 'schema' number); take it out of the folder")
     if version > SCHEMA:
         raise BenchError(f"{path} has schema {version}, newer than this program's {SCHEMA}; update bench")
     try:

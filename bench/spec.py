@@ -30,6 +30,10 @@ class Trial(BaseModel):
 EvalSize = Literal["network", "original"]  # where metrics are computed: the size the network sees, or the labels' own
 
 
+# Of a recipe, what the spec itself has: an option may have overridden it.
+SETTLED = {"batch_size", "epochs", "steps", "image_size", "limit_train", "limit_val"}
+
+
 class RunSpec(BaseModel):
     """Everything that decides a cell's figures, and nothing else: no paths, no progress settings.
 
@@ -73,9 +77,9 @@ class RunSpec(BaseModel):
     def setting(self) -> dict[str, Any]:
         """What two cells must share to be compared: all but method and seed. A recipe counts by what it does: its
         name and prose decide nothing, nor does what the spec itself settles (its batch size, length and limits)."""
-        settled = {"title", "source", "batch_size", "epochs", "steps", "image_size", "limit_train", "limit_val"}
         setting = self.model_dump(
-            mode="json", exclude={"method": True, "seed": True, "recipe_name": True, "recipe": settled}
+            mode="json",
+            exclude={"method": True, "seed": True, "recipe_name": True, "recipe": {"title", "source"} | SETTLED},
         )
         later = (setting, {"memory": "default", "cudnn_benchmark": False, "shuffled_labels": False, "trial": None})
         for part, defaults in (later, (setting["recipe"], {"tune": None})):

@@ -57,6 +57,8 @@ def load(name: str, folder: Path, weights: Path | None, dataset: str | None) -> 
             raise BenchError(
                 f"the backbone's weights came from a file (SHA-256 {spec.weights[5:17]}...): name it with --weights"
             )
+        if not weights.is_file():
+            raise BenchError(f"--weights {weights}: no such file")
         source = resolve_weights(str(weights), spec.backbone)
         if source.sha256 != spec.weights.removeprefix("file:"):
             raise BenchError(f"{weights} is not the backbone's checkpoint that the record names (SHA-256 differs)")

@@ -163,7 +163,7 @@ def test_an_exported_model_answers_alone_as_pytorch_does(cell, image, tmp_path, 
     for task, logits in model(batch).items():
         torch.testing.assert_close(program(batch)[task], logits, rtol=1e-3, atol=1e-4)
     rebuilt = build(method)
-    load_trained(rebuilt, out / "trained.safetensors", records.read(out / "record.json").trained_sha256)
+    load_trained(rebuilt, out / "record.trained.safetensors", records.read(out / "record.json").trained_sha256)
     card = (out / "README.md").read_text()
     assert "RANDOM weights" in card and "(1, 3, 64, 96)" in card and "10 %" in card and "Classes of semseg:" in card
 

@@ -58,8 +58,13 @@ def draw(name: str, values: np.ndarray, card: Card, near_far: tuple[float, float
     if name in ("saliency", "edge"):
         # On black, "no label" must differ from white: grey.
         return np.where(ignored, 128, values * 255).astype(np.uint8)[..., None].repeat(3, -1)
-    palette = np.array(card.tasks[name].colours or _palette(card.tasks[name].classes), np.uint8)
-    return np.where(ignored[..., None], np.array(UNLABELLED, np.uint8), palette[np.where(ignored, 0, values)])
+    colours = palette(card, name)
+    return np.where(ignored[..., None], np.array(UNLABELLED, np.uint8), colours[np.where(ignored, 0, values)])
+
+
+def palette(card: Card, task: str) -> np.ndarray:
+    """uint8 (classes, 3): the colours of a task's classes."""
+    return np.array(card.tasks[task].colours or _palette(card.tasks[task].classes), np.uint8)
 
 
 def depth_range(values: np.ndarray) -> tuple[float, float]:

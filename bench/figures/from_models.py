@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import Tensor
 
+from bench.data.decode import IGNORE
 from bench.data.loader import DenseDataset
-from bench.data.preview import depth_range, draw
+from bench.data.preview import depth_range, draw, palette
 from bench.errors import BenchError
 from bench.figures.from_records import heat
 from bench.figures.style import caption, panels
@@ -45,6 +48,7 @@ def predictions(cells: Sequence[Trained], root: Path | None, count: int) -> Figu
     rows = count * (1 + len(cells))
     figure, axes = panels(rows * (1 + len(tasks)), 1.7, 1.7 * samples.size[0] / samples.size[1], 1 + len(tasks))
     grid = np.array(axes).reshape(rows, -1)
+    seen: dict[str, set[int]] = {task: set() for task in tasks if first.card.tasks[task].classes}
     for index in range(len(samples)):
         sample = samples[index]
         top = grid[index * (1 + len(cells))]
@@ -52,7 +56,14 @@ def predictions(cells: Sequence[Trained], root: Path | None, count: int) -> Figu
         for axis, task in zip(top[1:], tasks, strict=True):
             _image(axis, draw(task, sample[task].numpy(), first.card))
             axis.set_title(TASKS[task].title if index == 0 else "", fontsize=7)
-        top[0].set_title("image, truth" if index == 0 else "", fontsize=7)
+        top[0].set_title(f"{samples.names[index]}; right: truth", fontsize=6)
+        held = sample["depth"].numpy() if "depth" in tasks else None
+        if held is not None:
+            near, far = depth_range(held)
+            top[1 + tasks.index("depth")].set_xlabel(f"{near:.1f} to {far:.1f} m", fontsize=5.5, labelpad=1)
+        for task in seen:
+            label = sample[task]
+            seen[task] |= set(label[label != IGNORE].unique().tolist())
         for below, cell in enumerate(cells, 1):
             line = grid[index * (1 + len(cells)) + below]
             line[0].axis("off")
@@ -60,20 +71,38 @@ def predictions(cells: Sequence[Trained], root: Path | None, count: int) -> Figu
             logits = cell.model(sample["image"][None])
             for axis, task in zip(line[1:], tasks, strict=True):
                 array = to_array(task, upsample_logits(logits[task], samples.size)[0])
+                if task in seen:
+                    seen[task] |= set(np.unique(array).tolist())
                 scale = depth_range(sample["depth"].numpy()) if task == "depth" else None  # the truth's, for all
                 _image(axis, picture(task, array, cell.card, scale))
     figure.get_layout_engine().set(wspace=0.02, hspace=0.02, w_pad=0.01, h_pad=0.01)
-    caption(figure, _about(cells))
+    _legend(figure, first, seen)
+    told = ["White: no label. Depth of an image: its truth's range in all rows, yellow beyond it."]
+    caption(figure, [*(told if "depth" in tasks else ["White: no label."]), *_about(cells)])
     return figure
+
+
+def _legend(figure: Figure, cell: Trained, seen: Mapping[str, set[int]]) -> None:
+    """The colours of the classes that occur."""
+    handles = []
+    for task, numbers in seen.items():
+        names, colours = cell.card.tasks[task].classes, palette(cell.card, task) / 255
+        handles += [Patch(color=colours[number], label=names[number]) for number in sorted(numbers)]
+    if handles:
+        columns = max(1, int(figure.get_figwidth() / 1.15))
+        figure.set_figheight(figure.get_figheight() + 0.14 * -(-len(handles) // columns))
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=6, handlelength=1)
 
 
 def _title(cell: Trained) -> str:
     return cell.record.method.title.replace(" (", "\n(").replace(" fine", "\nfine")
 
 
-def _image(axis: object, picture: np.ndarray) -> None:
+def _image(axis: Axes, picture: np.ndarray) -> None:
     axis.imshow(picture)
-    axis.axis("off")
+    axis.grid(visible=False)
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
 
 
 def _about(cells: Sequence[Trained]) -> list[str]:
@@ -139,14 +168,18 @@ def principal(maps: Sequence[Tensor]) -> list[np.ndarray]:
 
 def gates(cell: Trained, root: Path | None, count: int) -> Figure:
     """Mean gating scores of MoTE's routers over validation images, by stage; a row a task's router (BDTA, Fig. 4)."""
-    scores = mean_gates(cell, validation(cell, root, GATE_IMAGES))
+    samples = validation(cell, root, GATE_IMAGES)
+    scores = mean_gates(cell, samples)
     names = [TASKS[task].title for task in cell.record.spec.tasks]
     figure, axes = panels(len(scores), 2.5, 2.5)
     for stage, (axis, matrix) in enumerate(zip(axes, scores, strict=True)):
         heat(axis, matrix, names if stage == 0 else [""] * len(names), names, 0, 1, "viridis")
         axis.set_title(f"stage {stage + 1}", fontsize=8)
     axes[0].set_ylabel("router of")
-    caption(figure, _about([cell]))
+    for axis in axes:
+        axis.set_xlabel("expert of", fontsize=8)
+    images = f"mean over {len(samples)} validation images"
+    caption(figure, [f"{cell.record.method.title}. Gating scores, {images}.", *_about([cell])])
     return figure
 
 

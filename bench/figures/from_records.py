@@ -37,8 +37,9 @@ class Choice:
 
 @dataclass(frozen=True)
 class Row:
-    """A method of a group with what the tables say of it."""
+    """A method of a group with what the tables say of it; `place` is its own in the group, for its looks."""
 
+    place: int
     title: str
     records: list[Record]
     values: Mapping[str, Any]
@@ -47,10 +48,20 @@ class Row:
 def rows_of(group: Group, reference: str | None) -> list[Row]:
     against = tables.baseline(group, reference)
     found = []
-    for records in group.methods():
+    for place, records in enumerate(group.methods()):
         values = tables.measured_row(group, records, against) | tables.cost_row(group, records)
-        found.append(Row(values[tables.METHOD], records, values))
+        found.append(Row(place, values[tables.METHOD], records, values))
     return found
+
+
+def _left_out(group: Group, shown: Sequence[str]) -> list[str]:
+    """A line on methods that have nothing to draw, and why."""
+    missing = {}
+    for records in group.methods():
+        row = tables.measured_row(group, records, tables.Baseline("", None))
+        if row[tables.METHOD] not in shown:
+            missing[row[tables.METHOD]] = row[tables.STATUS] if row[tables.STATUS] != "ok" else "no figure"
+    return [f"not drawn: {', '.join(f'{title} ({why})' for title, why in missing.items())}"] if missing else []
 
 
 def _about(group: Group) -> list[str]:
@@ -61,6 +72,8 @@ def _about(group: Group) -> list[str]:
 def _trained(groups: Sequence[Group], reference: str | None) -> list[tuple[Group, list[Row]]]:
     """Groups with a Delta-m to show. Raises BenchError where none has one."""
     found = []
+    if reference is not None:
+        tables.check_reference(groups, reference)
     for group in groups:
         if reference is not None and not tables.has_reference(group, reference):
             continue
@@ -75,7 +88,12 @@ def _trained(groups: Sequence[Group], reference: str | None) -> list[tuple[Group
 
 def pareto(groups: Sequence[Group], choice: Choice) -> Drawn:
     """Delta-m against trainable parameters, memory and time, with the front (BDTA, Fig. 1d)."""
-    for group, rows in _trained(groups, choice.reference):
+    if choice.published and choice.reference:
+        raise BenchError("--published goes without --reference: printed Δm is against the papers' single-task rows")
+    trained = _trained(groups, choice.reference)
+    if choice.published and not any(_printed(group, rows) for group, rows in trained):
+        raise BenchError("no paper prints a row of these methods on these backbones: leave --published out")
+    for group, rows in trained:
         cpu = group.spec.device_kind == "cpu"
         costs = {
             tables.TP: "trainable parameters, M",
@@ -86,17 +104,18 @@ def pareto(groups: Sequence[Group], choice: Choice) -> Drawn:
         figure, axes = panels(3, 3.0, 2.8)
         for axis, (column, label) in zip(axes, costs.items(), strict=True):
             points = [(row.values[column], row.values[tables.DELTA]) for row in rows]
-            for index, (row, (x, y)) in enumerate(zip(rows, points, strict=True)):
-                colour, marker, _ = look(index)
+            for row, (x, y) in zip(rows, points, strict=True):
+                colour, marker, _ = look(row.place)
                 half = row.values[tables.interval(tables.DELTA)]
                 axis.errorbar(x, y, yerr=None if pd.isna(half) else half, color=colour, marker=marker, ls="",
                               ms=6, capsize=2, label=row.title)  # fmt: skip
             _front(axis, points)
-            for index, row in enumerate(printed):
+            # A paper's GPU is no CPU: there its memory and time have no place.
+            for index, row in enumerate(printed if column == tables.TP or not cpu else []):
                 x = row[{tables.TP: "tp_m"}.get(column, "memory_gb" if "memory" in column else "seconds_per_batch")]
                 axis.plot(x, row["delta_m"], marker=MARK_PRINTED[index % len(MARK_PRINTED)], mfc="none", mec="#777777",
                           ls="", ms=6, label=f"{row['row']} {published.MARK}")  # fmt: skip
-            axis.set_xlabel(label)
+            axis.set_xlabel(f"{label} (log)")
             axis.set_xscale("log")
             axis.xaxis.set_minor_formatter(plain)
             axis.xaxis.set_major_formatter(plain)
@@ -104,8 +123,11 @@ def pareto(groups: Sequence[Group], choice: Choice) -> Drawn:
             axis.tick_params(axis="x", which="both", labelsize=7)
         axes[0].set_ylabel("\n".join(textwrap.wrap(_delta_label(group, choice.reference), 28)), fontsize=8)
         legend_below(figure, axes[0])
-        extra = [f"{published.MARK} printed in the papers: PASCAL-Context, another GPU, GB"] if printed else []
-        caption(figure, [*_about(group), *extra])
+        extra = [
+            f"{published.MARK} printed in the papers, of other data and another GPU: PASCAL-Context, GB, Δm over "
+            "its four tasks"
+        ]
+        caption(figure, [*_about(group), *_left_out(group, [r.title for r in rows]), *(extra if printed else [])])
         yield group.slug, figure
 
 
@@ -212,8 +234,10 @@ def _sweep(
         axis.minorticks_off()
         axis.set_xlabel(f"{option} of {method}")
         axis.set_title(_delta_label(bundle[0], reference) if column == tables.DELTA else column, fontsize=8)
+    gone = [row for points in alone.values() for _, row in points if has_delta and pd.isna(row.values[tables.DELTA])]
+    told = ", ".join(f"{row.title} ({row.values[tables.STATUS]})" for row in gone)
     legend_below(figure, axes[0], 2)
-    caption(figure, _about(bundle[0]))
+    caption(figure, [*_about(bundle[0]), *([f"without Δm: {told}"] if gone else [])])
     return figure
 
 
@@ -281,7 +305,8 @@ def gradients(groups: Sequence[Group], choice: Choice) -> Drawn:
         for records in group.methods():
             values = [v for record in records for pair in record.cosines.values() for v in pair]
             if values:
-                found[records[0].method.title] = np.array(values)
+                probes = max(len(pair) for record in records for pair in record.cosines.values())
+                found[f"{_common_title(group, records)}, {probes} probes"] = np.array(values)
         if not found:
             continue
         drawn = True
@@ -356,16 +381,18 @@ def curves(groups: Sequence[Group], choice: Choice) -> Drawn:
     """Training losses over the steps: the weighted sum and each task's, a line a method (mean over seeds)."""
     drawn = False
     for group in groups:
-        histories = [(records[0].method.title, _history(records)) for records in group.methods()]
-        found = [(title, history) for title, history in histories if history is not None]
+        histories = [
+            (place, _common_title(group, records), _history(records)) for place, records in enumerate(group.methods())
+        ]
+        found = [(place, title, history) for place, title, history in histories if history is not None]
         if not found:
             continue
         drawn = True
         keys = {"loss": "weighted sum"} | {f"loss/{task}": TASKS[task].title for task in group.spec.tasks}
         figure, axes = panels(len(keys), 2.6, 2.2, columns=3)
         for axis, (key, name) in zip(axes, keys.items(), strict=True):
-            for index, (title, history) in enumerate(found):
-                colour, _, line = look(index)
+            for place, title, history in found:
+                colour, _, line = look(place)
                 axis.plot(history["step"], history[key], color=colour, ls=line, lw=1.1, label=title)
             axis.set_title(name, fontsize=8)
             axis.set_yscale("log")
@@ -373,13 +400,20 @@ def curves(groups: Sequence[Group], choice: Choice) -> Drawn:
             axis.yaxis.set_minor_formatter(plain)
             axis.yaxis.set_minor_locator(LogLocator(subs=(1, 2, 3, 5), numticks=12))
             axis.tick_params(labelsize=7, which="both")
-        for axis in axes[-3:]:
-            axis.set_xlabel("step")
+            axis.set_xlabel("step", fontsize=7)
+        for axis in axes[::3]:
+            axis.set_ylabel("training loss (log)", fontsize=7)
         legend_below(figure, axes[0])
-        caption(figure, _about(group))
+        smooth = "training losses, means over seeds, smoothed over a twentieth of the run"
+        caption(figure, [smooth, *_about(group), *_left_out(group, [title for _, title, _ in found])])
         yield group.slug, figure
     if not drawn:
         raise BenchError("no record holds a training history: all of them measured efficiency alone")
+
+
+def _common_title(group: Group, records: Sequence[Record]) -> str:
+    """As the tables have it: with the options where several rows have the same title."""
+    return tables.measured_row(group, records, tables.Baseline("", None))[tables.METHOD]
 
 
 def _history(records: Sequence[Record]) -> pd.DataFrame | None:

@@ -14,8 +14,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from bench.errors import BenchError
+from bench.report.palette import COLOURS, places
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", ":", "-.")
 SETTINGS = {
@@ -27,8 +27,8 @@ SETTINGS = {
 
 def look(index: int) -> tuple[str, str, str]:
     """Colour, marker and line of the index-th series: no two of the first 64 share colour and marker."""
-    turn, place = divmod(index, len(COLOURS))
-    return COLOURS[place], MARKERS[(place + turn) % len(MARKERS)], LINES[turn % len(LINES)]
+    colour, marker = places(index, len(MARKERS))
+    return COLOURS[colour], MARKERS[marker], LINES[index // len(COLOURS) % len(LINES)]
 
 
 plt.rcParams.update(SETTINGS)

@@ -331,7 +331,10 @@ def show(found: list[Finding], everything: bool, console: Console) -> None:
                 console.print(f"  {escape(heading)}", style="italic")
             for f in own:
                 verdict = f" [{f.verdict}]" if everything else ""
-                line = f"{f.where}: {f.what}: printed {f.printed}, recomputed {f.recomputed}{verdict}"
+                values = f"printed {f.printed}, recomputed {f.recomputed}"
+                if f.printed == "true":  # a statement, with the printed figures put in
+                    values = f"in figures {f.recomputed}{', which is false' if f.verdict == 'disagrees' else ''}"
+                line = f"{f.where}: {f.what}: {values}{verdict}"
                 console.print(Padding(Text(line), (0, 0, 0, 4)))
     tally = {v: sum(f.verdict == v for f in found) for v in ("agrees", "rounding", "disagrees", "not checked")}
     console.print(

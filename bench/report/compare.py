@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from rich import box
 from rich.console import Console
@@ -21,7 +21,8 @@ from bench.record import Record
 from bench.report.groups import collect
 from bench.tasks import TASKS
 
-Verdict = Literal["worse", "better", "same", "noise", "new", "gone", "other device"]
+Verdict = Literal["worse", "better", "same", "noise", "new", "gone", "unreadable", "other device"]
+BAD = ("worse", "gone", "unreadable")  # what a gate does not let through
 
 
 @dataclass(frozen=True)
@@ -49,21 +50,23 @@ class Change:
 Cells = dict[tuple[str, str], list[Record]]  # (hash, what it is) -> its seeds
 
 
-def cells(folder: Path) -> Cells:
+def cells(folder: Path) -> tuple[Cells, list[Change]]:
+    """The records of a folder, and what is said of files that could not be read: what they held nobody can compare."""
     found: Cells = {}
-    for item in collect(folder)[0]:
+    readable, problems = collect(folder)
+    for item in readable:
         spec = item.record.spec
         parts = (spec.method, spec.backbone, spec.dataset, spec.protocol, spec.precision, spec.device, spec.hash)
         name = " · ".join(parts)
         found.setdefault((spec.hash, name), []).append(item.record)
-    return found
+    return found, [Change(str(folder), "record", None, None, None, "unreadable", problem) for problem in problems]
 
 
 def changes(a: Path, b: Path, thresholds: Thresholds) -> list[Change]:
     """Every figure that both folders have, and every cell that one of them lacks. Raises BenchError for a folder
     without records."""
-    before, after = cells(a), cells(b)
-    found = []
+    (before, unreadable), (after, more) = cells(a), cells(b)
+    found = [*unreadable, *more]
     for cell in dict.fromkeys([*before, *after]):
         name = cell[1]
         if cell not in after:
@@ -205,18 +208,30 @@ def show(found: Sequence[Change], everything: bool, console: Console) -> None:
             table.add_column(column, justify="right" if column in ("A", "B", "change") else "left", overflow="fold")
         for c in shown:
             if c.cell == cell:
-                figures = ["–" if value is None else f"{value:.4g}" for value in (c.a, c.b)]
+                figures = [_written(c.figure, value) for value in (c.a, c.b)]
                 moved = "–" if c.change is None else f"{c.change:+.1%}"
                 style = {"worse": "red", "better": "green"}.get(c.verdict, "")
                 verdict = escape(f"{c.verdict}{f': {c.why}' if c.why else ''}")
-                table.add_row(escape(c.figure), *figures, moved, f"[{style}]{verdict}[/]" if style else verdict)
+                table.add_row(
+                    escape(c.figure.removesuffix(", bytes")),
+                    *figures,
+                    moved,
+                    f"[{style}]{verdict}[/]" if style else verdict,
+                )
         console.print(table)
     tally = ", ".join(
-        f"{sum(c.verdict == v for c in found)} {v}"
-        for v in ("worse", "better", "same", "noise", "gone", "new", "other device")
-        if any(c.verdict == v for c in found)
+        f"{sum(c.verdict == v for c in found)} {v}" for v in get_args(Verdict) if any(c.verdict == v for c in found)
     )
     console.print(f"{len({c.cell for c in found})} cells; figures: {tally}")
+
+
+def _written(figure: str, value: float | None) -> str:
+    """In the units of the tables."""
+    if value is None:
+        return "–"
+    if figure.endswith(", bytes"):
+        return f"{value / 2**30:.3f} GiB"
+    return f"{value / 1e6:.4f} M" if figure == "trainable parameters" else f"{value:.4g}"
 
 
 def as_json(found: Sequence[Change]) -> str:

@@ -127,7 +127,10 @@ def mixtures(apart: Sequence[Group]) -> list[Mixture]:
             ", ".join(f"{key.rpartition('.')[2]} {_short(setting.get(key))}" for key in told) for setting in settings
         ]
         marks = [f"MIXED, NOT COMPARABLE: rows differ in {', '.join(varying)}"] if varying else []
-        marks += dict.fromkeys(mark for group in members for mark in group.marks)
+        own = dict.fromkeys(mark for group in members for mark in group.marks)
+        # What sets rows apart in software may do so between groups as well as within one.
+        drift = _drift([item for group in members for item in group.found])
+        marks += [*drift, *(mark for mark in own if mark not in drift and not mark.startswith("rows "))]
         title = " · ".join([f"{len(members)} settings mixed", ", ".join(tasks), kind]) if varying else members[0].title
         slug = f"mixed-{kind}-{'-'.join(tasks)}" if varying else members[0].slug
         made.append(Mixture(tuple(members), tuple(labels), title, slug, tuple(marks)))
@@ -252,15 +255,18 @@ def _drift(found: Sequence[Found]) -> list[str]:
     seen = [item.record.provenance for item in found if item.record.provenance]
     torch = sorted({p.packages["torch"] for p in seen if "torch" in p.packages})
     # One above the cores: the cell before in the same sweep is still in the average.
-    loads = [(p.load_before, p.cores) for p in seen if p.device == "cpu" and p.load_before is not None]
-    busy, cores = max((load for load in loads if load[0] > load[1] + 1), default=(0.0, 0))
+    busy = dict.fromkeys(
+        f"{item.record.spec.method} (load {p.load_before:.1f} on {p.cores} cores)"
+        for item in found
+        if (p := item.record.provenance) and p.device == "cpu" and (p.load_before or 0) > p.cores + 1
+    )
     commits = sorted({p.commit[:10] for p in seen if p.commit})
     states = [state for p in seen for state in (p.gpu_before, p.gpu_after) if state]
     slow = sorted({reason for state in states for reason in state.throttled})
     return [
         *([f"rows ran on different torch versions: {', '.join(torch)}"] if len(torch) > 1 else []),
         *([f"rows come from different commits: {', '.join(commits)}"] if len(commits) > 1 else []),
-        *([f"measured on a busy machine: load {busy:.1f} on {cores} cores when a cell began"] if busy else []),
+        *([f"time measured on a busy machine: {', '.join(busy)}"] if busy else []),
         *([f"the GPU was slowed down while some rows were measured: {', '.join(slow)}"] if slow else []),
         *(["other processes were on the GPU of some rows"] if any(state.others for state in states) else []),
         *(["some rows come from a working tree with uncommitted changes"] if any(p.dirty for p in seen) else []),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from bench.report import published
@@ -44,7 +45,7 @@ def table(sheet: Sheet, caption: str, label: str, notes: Sequence[str]) -> str:
 
 
 def _cell(cell: Cell, printed: bool) -> str:
-    text = escape(cell.text)
+    text = re.sub(r"^-(?=\d)", "$-$", escape(cell.text))
     if cell.bold:
         text = rf"\textbf{{{text}}}"
     elif cell.second:

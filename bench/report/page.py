@@ -20,9 +20,9 @@ from bench.record import Record, write_atomically
 from bench.report import published, tables
 from bench.report.front import front
 from bench.report.groups import Group, weights_of
+from bench.report.palette import COLOURS, places
 from bench.tasks import TASKS
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, on white and black
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star")
 GREY = "#8a8a8a"  # readable on white and on black
 INTEGERS = ("group", "seeds", "passes", "batch")
@@ -30,8 +30,8 @@ MEMORY = {False: "memory GiB, GPU", True: "process GiB, CPU"}  # by whether it w
 SECONDS = {False: "s/batch, GPU", True: "s/batch, CPU"}
 PRINTED = (f"memory GB {published.MARK}", f"s/batch {published.MARK}")  # another GPU, another GB
 COSTS = ("#TP M", *MEMORY.values(), *SECONDS.values(), "GMAC")
-FIGURES = ("Δm %", *COSTS, *PRINTED, "passes", "seeds", "status", "source")
-DIGITS = {"Depth m ↓": 3, **dict.fromkeys((*SECONDS.values(), PRINTED[1]), 3), "GMAC": 1}
+FIGURES = ("Δm %", *COSTS, *PRINTED, "passes", "seeds", "source")
+DIGITS = {"Depth RMSE m ↓": 3, **dict.fromkeys((*SECONDS.values(), PRINTED[1]), 3), "GMAC": 1}
 
 
 def write(
@@ -51,9 +51,15 @@ def _rows(number: int, group: Group, reference: str | None) -> list[dict[str, An
         "dataset": spec.dataset, "backbone": published.short_backbone(spec.backbone), "protocol": spec.protocol,
         "size": "x".join(map(str, spec.image_size)), "batch": spec.batch_size, "precision": spec.precision,
         "weights": "RANDOM" if group.random else "pretrained", "device": "cpu" if cpu else spec.device,
+        "source": f"measured ({'CPU' if cpu else 'GPU'})",
     }  # fmt: skip
-    rows, printed_rows = [], {}
-    for records in group.methods():
+    rows: list[dict[str, Any]] = [
+        {"method": floor[tables.METHOD], "anchor": "", "group": number, "family": floor[tables.FAMILY], "#TP M": 0.0,
+         "status": "ok", "source": common["source"], **{_task(t): floor[tables.headline(t)] for t in spec.tasks}}
+        | common for floor in tables.floors(group)
+    ]  # fmt: skip
+    printed_rows = {}
+    for place, records in enumerate(group.methods()):
         values = tables.measured_row(group, records, against) | tables.cost_row(group, records)
         anchor = f"m{number}-{records[0].spec.hash}"
         row = {"method": values[tables.METHOD], "anchor": anchor, "group": number, "family": values[tables.FAMILY]}
@@ -62,7 +68,7 @@ def _rows(number: int, group: Group, reference: str | None) -> list[dict[str, An
             "Δm %": values[tables.DELTA], "#TP M": values.get(tables.TP), "passes": values[tables.PASSES],
             "GMAC": values[tables.MACS], MEMORY[cpu]: values[tables.CPU_PROCESS if cpu else tables.CUDA_ALLOCATED],
             SECONDS[cpu]: values[tables.CPU_MEDIAN if cpu else tables.CUDA_MEDIAN], "seeds": values[tables.SEEDS],
-            "status": values[tables.STATUS], "source": f"measured ({'CPU' if cpu else 'GPU'})",
+            "status": values[tables.STATUS], "place": place,
         }  # fmt: skip
         rows.append(row | common)
         printed_rows[records[0].method.published_row] = records[0].method.family
@@ -72,7 +78,8 @@ def _rows(number: int, group: Group, reference: str | None) -> list[dict[str, An
                "family": printed_rows[printed["row"]]}  # fmt: skip
         row |= {_task(task): printed[task] for task in spec.tasks if task in published.TASKS}
         row |= {
-            "Δm %": printed["delta_m"], "#TP M": printed["tp_m"], "status": "published",
+            # Against the paper's single-task row: under another reference it has none.
+            "Δm %": printed["delta_m"] if reference is None else None, "#TP M": printed["tp_m"], "status": "published",
             "source": f"published {published.MARK}", "dataset": printed["dataset"], "backbone": common["backbone"],
         }  # fmt: skip
         if cost:
@@ -84,7 +91,7 @@ def _rows(number: int, group: Group, reference: str | None) -> list[dict[str, An
 
 def _task(task: str) -> str:
     metric = TASKS[task].headline
-    return f"{TASKS[task].title} {metric.unit} {'↑' if metric.higher_is_better else '↓'}"
+    return f"{TASKS[task].title} {metric.title} {metric.unit} {'↑' if metric.higher_is_better else '↓'}"
 
 
 def _page(
@@ -99,6 +106,9 @@ def _page(
     against = "Δm is against the single-task baseline."
     if reference is not None:
         against = f"Δm of measured rows is against {reference}, NOT the single-task baseline."
+    printed = ""
+    if any(row["status"] == "published" for row in rows):
+        printed = f"{published.MARK} rows are printed in papers: PASCAL-Context, another GPU, memory in GB. "
     listed = "".join(f"<li>Group {number}: {html.escape(group.title)}</li>" for number, group in enumerate(groups, 1))
     parts = [
         "<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'>",
@@ -107,8 +117,7 @@ def _page(
         "<title>Benchmark report</title>", f"<style>{STYLE}</style>", f"<script>{DARK}</script>", "</head><body>",
         "<a class='skip' href='#table'>Skip to the table</a>",
         f"<h1>Benchmark report</h1><p>{records} records, settings apart: {len(groups)}. Only rows of one group are "
-        f"comparable. {published.MARK} rows are printed in papers: PASCAL-Context, another GPU, memory in GB. "
-        f"{html.escape(against)}</p>",
+        f"comparable. {printed}{html.escape(against)}</p>",
         "".join(f"<p class='mark'>{html.escape(mark)}</p>" for mark in marks),
         f"<details><summary>Settings of the groups</summary><ol class='groups'>{listed}</ol></details>",
         "<h2 id='table'>Table</h2><p>Click a heading to sort; type into the field below a column to filter; a method's "
@@ -123,7 +132,7 @@ def _page(
             f"<figcaption>{html.escape(name)}</figcaption></figure>"
             for name, source in pictures
         )
-        parts.append(f"<h2 id='gallery'>Predictions</h2>{figures}")
+        parts.append(f"<h2 id='gallery'>Pictures</h2>{figures}")
     if problems:
         told = "".join(f"<li>{html.escape(problem)}</li>" for problem in problems)
         parts.append(f"<h2>Unreadable files</h2><ul>{told}</ul>")
@@ -132,6 +141,7 @@ def _page(
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
+    from itables import JavascriptFunction
     from itables.javascript import generate_init_offline_itables_html, to_html_datatable
     from itables.utils import find_package_file
 
@@ -140,8 +150,8 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         f"<a href='#{row['anchor']}'>{html.escape(row['method'])}</a>" if row["anchor"] else html.escape(row["method"])
         for row in rows
     ]
-    frame = frame.drop(columns="anchor").assign(method=linked)
-    first = ["method", "group", *(c for c in frame if c.endswith(("↑", "↓"))), *FIGURES]
+    frame = frame.drop(columns=["anchor", "place"], errors="ignore").assign(method=linked)
+    first = ["method", "group", "status", *(c for c in frame if c.endswith(("↑", "↓"))), *FIGURES]
     first = [column for column in first if column in frame]
     frame = frame[[*first, *(c for c in frame if c not in first)]]
     text = frame.select_dtypes(["object", "string"]).columns.difference(["method"])
@@ -155,6 +165,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         maxColumns=0, paging=len(frame) > 100, pageLength=100, classes="display compact nowrap",
         layout={"topStart": "search", "topEnd": None}, order=[],
         text_in_header_can_be_selected=False, style="width:100%", table_id="records",
+        columnDefs=[{"targets": "_all", "render": JavascriptFunction(DASH)}],
     )  # fmt: skip
     return generate_init_offline_itables_html(find_package_file("html", "dt_bundle.js")) + body
 
@@ -189,10 +200,13 @@ def _plot(group: Group, rows: Sequence[dict[str, Any]]) -> go.Figure | None:
     front = _front(rows, x, y, goods[y])
     figure.add_scatter(x=front[0], y=front[1], mode="lines", name="front", line={"color": GREY, "width": 1},
                        hoverinfo="skip")  # fmt: skip
+    rows = [row for row in rows if any(pd.notna(row.get(name)) for name in goods)]
     for index, row in enumerate(rows):
         printed = row["status"] == "published"
-        symbol = SYMBOLS[(index + index // len(COLOURS)) % len(SYMBOLS)]
-        look = {"size": 12, "color": GREY if printed else COLOURS[index % len(COLOURS)]}
+        colour, marker = places(row.get("place", index), len(SYMBOLS))
+        measured = "place" in row
+        symbol = SYMBOLS[marker] if measured or printed else "line-ew-open"  # a floor
+        look = {"size": 12, "color": COLOURS[colour] if measured else GREY}
         figure.add_scatter(
             x=_values([row], x), y=_values([row], y), mode="markers", name=html.escape(row["method"]), hoverinfo="text",
             hovertext=_hover(row, list(goods)), marker=look | {"symbol": f"{symbol}-open" if printed else symbol},
@@ -333,6 +347,11 @@ addEventListener('load', () => setTimeout(() => {
     draw(box);
   });
 }, 300));"""
+
+# What is missing sorts as it did, and shows as in the other tables.
+DASH = """function (data, type) {
+  return type === 'display' && (data === null || data !== data || data === 'NaN' || data === '<NA>') ? '–' : data;
+}"""
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --mark: #b3261e; }

@@ -10,8 +10,11 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Console
+from rich.markup import escape
 
 from bench.errors import BenchError, did_you_mean
+from bench.grid import load_suite
+from bench.one_line import errors
 from bench.record import Record, write_atomically
 from bench.report import latex, published, render, tables
 from bench.report.groups import Group, collect, groups
@@ -226,9 +229,14 @@ def report(name: str, folder: Path, out: Path | None, console: Console, as_json:
     if name not in TABLES:
         raise BenchError(f"unknown table {name!r}{did_you_mean(name, TABLES)}; one of: {', '.join(TABLES)}")
     table = TABLES[name]
-    again = f"bench run --suite {table.suite} --dataset pascal_context --data-root PASCAL_MT --recipe bdta"
+    again = f"bench run --suite {table.suite}"
+    if load_suite(table.suite).settings.steps != 0:  # else it measures efficiency, on no data
+        again += " --dataset pascal_context --data-root PASCAL_MT --recipe bdta"
     made = []
-    for bundle in bundles(groups(collect(folder)[0])):
+    found, problems = collect(folder)
+    for problem in problems:
+        errors.print(f"left out: {escape(problem)}")
+    for bundle in bundles(groups(found)):
         rows = frame(table, bundle)
         if (rows["status"] != NOT_RUN).any():
             made.append((bundle, rows, sheet(table, rows, bundle)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +17,7 @@ from rich.text import Text
 from bench.record import REPORT, write_atomically
 from bench.report import latex, published, tables
 from bench.report.groups import Group, Mixture, collect, differences, groups, mixtures
-from bench.report.sheets import MISSING, Cell, Sheet, accuracy_sheet, efficiency_sheet, rates_sheet
+from bench.report.sheets import MISSING, Cell, Line, Sheet, accuracy_sheet, efficiency_sheet, rates_sheet
 
 LABEL_WIDTH = (14, 30)  # characters of the method column: at least, and what is granted before figures are stacked
 
@@ -147,7 +149,12 @@ def report(folder: Path, out: Path | None, reference: str | None, console: Conso
             parts += [f"### {_escaped(caption)}", markdown_table(sheet), _bullets(notes)]
             marks = "; ".join(group.marks)
             latex_tables.append(
-                latex.table(sheet, f"{caption}. {group.title}", f"{name}-{number}", [*group.marks, *notes])
+                latex.table(  # LaTeX numbers tables itself
+                    sheet,
+                    f"{re.sub('^Table [0-9]. ', '', caption)}. {group.title}",
+                    f"{name}-{number}",
+                    [*group.marks, *notes],
+                )  # fmt: skip
             )
             rows = json.loads(table.to_json(orient="records", force_ascii=False))
             data.append({"table": name, "caption": caption, "setting": group.title, "marks": group.marks, "rows": rows})
@@ -178,6 +185,8 @@ def page(folder: Path, out: Path, reference: str | None, gallery: Sequence[Path]
     if reference is not None:
         tables.check_reference(all_groups, reference)
     page.write(all_groups, problems, reference, gallery, out / "report.html")
+    for problem in problems:
+        say(console, f"left out: {problem}", "yellow")
     say(console, f"wrote {out / 'report.html'}")
 
 
@@ -226,9 +235,17 @@ def _mixed_sheets(mixture: Mixture, reference: str | None) -> list[tuple[str, st
         against = _against(group, reference)
         if len(parts) > 1 and reference is None:
             against = f"against {tables.BASELINE} of the same setting, where it was run"
+        group = replace(group, found=tuple(item for each in mixture.groups for item in each.found))  # for the notes
         make = accuracy_sheet if name == "table1" else efficiency_sheet
-        made.append((name, caption, table, make(group, table, against)))
+        sheet = make(group, table, against)
+        if len(parts) > 1:  # rows that are not comparable have no best
+            sheet = replace(sheet, lines=[_unranked(line) for line in sheet.lines])
+        made.append((name, caption, table, sheet))
     return made
+
+
+def _unranked(line: Line) -> Line:
+    return replace(line, cells=[replace(cell, bold=False, second=False) for cell in line.cells])
 
 
 def _against(group: Group, reference: str | None) -> str:

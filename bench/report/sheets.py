@@ -238,10 +238,11 @@ def _notes(group: Group, table: pd.DataFrame, against: str) -> list[str]:
     if (seeds == 1).any():
         notes.append("Rows with 1 seed are a single run: nothing is known of their spread.")
     if (table[tables.STATUS] == "published").any():
+        has_delta = table.loc[table[tables.STATUS] == "published", tables.DELTA].notna().any()
         other = "" if published.same_dataset(group.spec.dataset) else f"; not comparable with {group.spec.dataset}"
         notes.append(
-            f"{published.MARK} published rows are on PASCAL-Context{other}; their Δm is against the paper's "
-            "single-task row, over its four tasks."
+            f"{published.MARK} published rows are on PASCAL-Context{other}"
+            + ("; their Δm is against the paper's single-task row, over its four tasks." if has_delta else ".")
         )
     if tables.TP_PRINTED in table:
         notes.append(

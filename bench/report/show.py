@@ -18,7 +18,7 @@ from bench.report.groups import weights_of
 from bench.report.render import say
 from bench.report.sheets import MISSING
 from bench.report.tables import GIB
-from bench.spec import Tried
+from bench.spec import SETTLED, Tried
 from bench.tasks import TASKS
 
 ESTIMATED = {"peak", "weights", "phases", "evaluation"}
@@ -72,7 +72,8 @@ def _sections(record: Record) -> dict[str, dict[str, Any]]:
         "Options": _flat(record.method.options),
         "Failure": _flat(record.failure.model_dump()) if record.failure else {},
         "Cell": _flat(record.spec.model_dump(exclude={"recipe"})),
-        "Recipe": _flat(record.spec.recipe.model_dump()),
+        # What the cell itself settles stands there: a recipe's own length and limits did not apply.
+        "Recipe": _flat(record.spec.recipe.model_dump(exclude=SETTLED)),
         "Run on": _flat(record.provenance.model_dump()) if record.provenance else {},
         "Parameters": {k: f"{v:,}" for k, v in parameters.items()},
         "Memory, GiB": {

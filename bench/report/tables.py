@@ -144,7 +144,7 @@ def accuracy_table(group: Group, reference: str | None = None, *, strict: bool =
     hold it, unless not `strict`: then Delta-m is missing.
     """
     against = _checked(group, reference, strict)
-    rows = _floors(group)
+    rows = floors(group)
     measured = [measured_row(group, records, against) for records in group.methods()]
     by_seed = [_deltas_by_seed(group, records, against) for records in group.methods()]
     for index, row in enumerate(measured):
@@ -156,7 +156,7 @@ def accuracy_table(group: Group, reference: str | None = None, *, strict: bool =
     families = {records[0].method.published_row: records[0].method.family for records in group.methods()}
     for printed in published.accuracy_rows(set(families), group.spec.backbone).to_dict("records"):
         metrics = {headline(task): printed[task] for task in group.spec.tasks if task in published.TASKS}
-        rows.append(_printed(group, printed, families) | metrics)
+        rows.append(_printed(group, printed, families, reference) | metrics)
     columns = [column for task in group.spec.tasks for column in (headline(task), interval(headline(task)))]
     return _frame(rows, [METHOD, FAMILY, *columns, DELTA, interval(DELTA), DELTA_NOTE, P_VALUE, TP, TP_PRINTED])
 
@@ -185,7 +185,7 @@ def _deltas_by_seed(group: Group, records: Sequence[Record], against: Baseline) 
     return found
 
 
-def _floors(group: Group) -> list[dict[str, Any]]:
+def floors(group: Group) -> list[dict[str, Any]]:
     """The best predictions on this data that do not look at the image: the best constant, and the best one a pixel. A
     method that does not beat them has learnt nothing of the images."""
     rows = []
@@ -239,7 +239,7 @@ def efficiency_table(group: Group, reference: str | None = None, *, strict: bool
     families = {records[0].method.published_row: records[0].method.family for records in group.methods()}
     for printed in published.efficiency_rows(set(families), group.spec.backbone).to_dict("records"):
         cost = {MEMORY_PRINTED: printed["memory_gb"], TIME_PRINTED: printed["seconds_per_batch"]}
-        rows.append(_printed(group, printed, families) | cost)
+        rows.append(_printed(group, printed, families, reference) | cost)
     columns = (PASSES, MACS, *_footprint(group, []), MEMORY_PRINTED, TIME_PRINTED)
     return _frame(rows, [METHOD, FAMILY, TP, *_SPLIT, TP_PRINTED, *columns, DELTA, DELTA_NOTE])
 
@@ -303,7 +303,7 @@ def _why(record: Record) -> str:
     status = record.status.replace("_", " ")
     if record.failure is None:
         return status
-    message = next(iter(record.failure.message.strip().splitlines()), "")
+    message = next(iter(record.failure.message.strip().splitlines()), "").removeprefix(f"{status}; ")
     told = record.status != "failed" or record.failure.kind in ("BenchError", "MethodError")
     kind = "" if told else f"{record.failure.kind}: "  # elsewhere the status or the message says it already
     return textwrap.shorten(f"{status}: {kind}{message}", 120, placeholder=" …").rstrip(": ")
@@ -356,13 +356,17 @@ def _footprint(group: Group, records: Sequence[Record]) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _printed(group: Group, printed: Mapping[str, Any], families: Mapping[str | None, str]) -> dict[str, Any]:
-    """What a row of the papers has in both tables."""
+def _printed(
+    group: Group, printed: Mapping[str, Any], families: Mapping[str | None, str], reference: str | None
+) -> dict[str, Any]:
+    """What a row of the papers has in both tables. Its Delta-m is against the paper's single-task row: under another
+    reference it has none."""
     return {
         METHOD: printed["row"],
         FAMILY: families[printed["row"]],
         TP: printed["tp_m"],
-        DELTA: printed["delta_m"],
+        DELTA: printed["delta_m"] if reference is None else float("nan"),
+        DELTA_NOTE: "" if reference is None else "printed against the single-task baseline alone",
         STATUS: "published",
         SOURCE: published.source(printed, group.spec.dataset),
     }

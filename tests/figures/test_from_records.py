@@ -129,7 +129,7 @@ def test_gradient_cosines_are_counted(tmp_path):
     make(tmp_path, "ours", FOUR, cosines={"semseg,normals": [0.1, -0.1, 0.2], "semseg,saliency": [0.3]})
     (figure,) = drawn("gradients", tmp_path)
     (handle,) = figure.axes[0].get_legend_handles_labels()[1]
-    assert handle == "Ours: 25% below 0"
+    assert handle == "Ours, 3 probes: 25% below 0"
     heights = figure.axes[0].patches[0].get_xy()[:, 1]
     assert heights.max() == pytest.approx(25)
 
@@ -187,11 +187,64 @@ def test_what_is_refused(arguments, message):
 
 
 def test_published_points_are_marked(tmp_path):
-    make(tmp_path, "single_task_full", FOUR)
-    make(tmp_path, "mtlora", FOUR)
+    for method in ("single_task_full", "mtlora"):
+        make(tmp_path, method, FOUR, device="nvidia-h200")
     (plain,), (figure,) = drawn("pareto", tmp_path), drawn("pareto", tmp_path, published=True)
     labels = figure.axes[1].get_legend_handles_labels()[1]
     assert "MTLoRA †" in labels and "†" in figure.get_suptitle() and "†" not in plain.get_suptitle()
     point = next(line for line in figure.axes[1].lines if line.get_label() == "MTLoRA †")
     assert float(point.get_xdata()[0]) == 18.22 and float(point.get_ydata()[0]) == 2.55
+    with pytest.raises(BenchError, match="goes without --reference"):
+        drawn("pareto", tmp_path, published=True, reference="mtlora")
     assert from_records.tables is tables
+
+
+def test_a_paper_s_memory_is_not_drawn_on_a_cpu_s_axis(tmp_path):
+    """Parameters are the same anywhere; GB and seconds of another GPU are not."""
+    for method in ("single_task_full", "mtlora"):
+        make(tmp_path, method, FOUR)
+    (figure,) = drawn("pareto", tmp_path, published=True)
+    shown = [any(line.get_label() == "MTLoRA †" for line in axis.lines) for axis in figure.axes]
+    assert shown == [True, False, False]
+
+
+def test_published_points_where_no_paper_has_the_backbone(tmp_path):
+    for method in ("single_task_full", "mtlora"):
+        make(tmp_path, method, FOUR, backbone="vit_small_patch14_dinov2.lvd142m")
+    with pytest.raises(BenchError, match="no paper prints a row"):
+        drawn("pareto", tmp_path, published=True)
+
+
+def test_what_cannot_be_drawn_is_said(tmp_path):
+    make(tmp_path, "single_task_full", FOUR)
+    make(tmp_path, "mtlora", FOUR)
+    make(tmp_path, "ours", FOUR, status="diverged", metrics={})
+    (figure,) = drawn("pareto", tmp_path)
+    assert "not drawn: Ours (diverged)" in figure.get_suptitle()
+    assert len({line.get_color() for line in figure.axes[0].lines if line.get_label() != "Pareto front"}) > 0
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        (("pareto", "--record", "ab"), "--record says nothing to pareto"),
+        (("curves", "--published"), "--published says nothing to curves"),
+        (("curves", "--images", "3"), "--images says nothing to curves"),
+        (("memory", "--option", "r"), "--option says nothing to memory"),
+        (("pareto", "--out", "x.png"), "give a folder"),
+        (("pareto", "--reference", "nosuch"), "no record of 'nosuch'"),
+    ],
+)
+def test_options_that_a_figure_does_not_have_are_refused(args, complaint, tmp_path):
+    make(tmp_path, "ours", FOUR)
+    done = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["figure", args[0], str(tmp_path), *args[1:]])
+    assert done.exit_code == 2 and complaint in done.output
+
+
+def test_an_unreadable_record_is_named(tmp_path):
+    make(tmp_path, "ours", FOUR)
+    (tmp_path / "half.json").write_text("{")
+    out = str(tmp_path / "f")
+    args = ["figure", "sweep", str(tmp_path), "--out", out]
+    done = CliRunner(env={"COLUMNS": "300"}).invoke(app, args)
+    assert "left out:" in done.output and "half.json" in done.output

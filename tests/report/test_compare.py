@@ -126,3 +126,20 @@ def test_a_cell_that_is_gone_fails_and_a_new_one_does_not(tmp_path):
         "mtlora"
     ]
     assert run(app, ["compare", str(tmp_path / "none"), str(tmp_path / "a")]).exit_code == 2
+
+
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_an_unreadable_record_does_not_pass(tmp_path, side):
+    """What it held nobody can compare: a gate that let it through would be open."""
+    both(tmp_path, {}, {})
+    path = next((tmp_path / side).rglob("*.json"))
+    path.with_name("half.json").write_text(path.read_text()[:300])
+    done = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert done.exit_code == 1 and "half.json" in done.output and "1 unreadable" in done.output
+
+
+def test_figures_are_shown_in_the_units_of_the_tables(tmp_path):
+    mib = {"memory": Memory(device="cpu", process_peak=2**31), "parameters": parameters(2_362_108)}
+    both(tmp_path, mib, mib)
+    done = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--all"])
+    assert "2.000 GiB" in done.output and "2.3621 M" in done.output

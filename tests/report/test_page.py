@@ -81,11 +81,11 @@ def test_it_sorts_by_figures_not_by_letters(records, view):
     heading = page.locator("table.dataTable thead th", has_text="SemSeg")
     heading.click()
     page.wait_for_timeout(300)
-    shown = [float(text) for text in column(page, "SemSeg % ↑") if text.strip() not in ("", "–", "NaN")]
+    shown = [float(text) for text in column(page, "SemSeg mIoU % ↑") if text.strip() not in ("", "–")]
     assert shown == sorted(shown) and shown[0] == 9.5 and len(shown) >= 5
     heading.click()
     page.wait_for_timeout(300)
-    shown = [float(text) for text in column(page, "SemSeg % ↑") if text.strip() not in ("", "–", "NaN")]
+    shown = [float(text) for text in column(page, "SemSeg mIoU % ↑") if text.strip() not in ("", "–")]
     assert shown == sorted(shown, reverse=True)
 
 
@@ -126,10 +126,10 @@ def test_the_plot_changes_its_axes(records, view):
     page = view(write(records))
     page.wait_for_selector(".plotly .updatemenu-header")
     page.locator(".updatemenu-header").click()
-    page.locator(".updatemenu-dropdown-button", has_text="SemSeg % ↑ against s/batch, CPU").click()
+    page.locator(".updatemenu-dropdown-button", has_text="SemSeg mIoU % ↑ against s/batch, CPU").click()
     page.wait_for_timeout(500)
     assert page.locator(".xtitle").text_content() == "s/batch, CPU"
-    assert page.locator(".ytitle").text_content() == "SemSeg % ↑"
+    assert page.locator(".ytitle").text_content() == "SemSeg mIoU % ↑"
 
 
 def test_a_methods_name_leads_to_its_card(records, view):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 import time
@@ -359,7 +360,7 @@ def test_unreadable_files_are_reported_and_skipped(tmp_path):
     assert (
         "3 unreadable files left out" in shown
         and "has schema 99, newer" in shown
-        and "half.json is not a whole" in shown
+        and "half.json is no JSON, or half of it" in shown
     )
 
 
@@ -474,3 +475,44 @@ def test_tables_of_records_that_are_gone_do_not_stay(tmp_path):
     make(tmp_path)
     render.report(tmp_path, None, None, Console(file=io.StringIO()))
     assert not stale.exists() and own.exists()
+
+
+def test_printed_delta_m_does_not_stand_under_another_reference(tmp_path):
+    make(tmp_path, "ours", {"semseg": 50.0, "normals": 20.0})
+    make(tmp_path, "mtlora", {"semseg": 40.0, "normals": 20.0})
+    group = only(tmp_path)
+    assert printed(tables.accuracy_table(group)).loc["Ours", "Delta-m (%)"] == 8.7
+    for table in (tables.accuracy_table(group, "mtlora"), tables.efficiency_table(group, "mtlora")):
+        assert printed(table)["Delta-m (%)"].isna().all()
+    assert "printed against the single-task baseline alone" in report(tmp_path, "mtlora")
+
+
+def test_the_busy_row_is_named(tmp_path):
+    for method, load in (("ours", 9.5), ("mtlora", 0.1)):
+        path = make(tmp_path, method)
+        record = json.loads(path.read_text())
+        record["provenance"]["load_before"] = load
+        path.write_text(json.dumps(record))
+    shown = " ".join(report(tmp_path).split())
+    assert "time measured on a busy machine: ours (load 9.5 on 4 cores)" in shown and "mtlora (load" not in shown
+
+
+def test_mixed_rows_have_no_best_and_say_that_commits_differ(tmp_path):
+    for batch, commit in ((8, "a" * 40), (4, "b" * 40)):
+        path = make(tmp_path, "ours", {"semseg": 50.0 + batch}, batch_size=batch)
+        record = json.loads(path.read_text())
+        record["provenance"]["commit"] = commit
+        path.write_text(json.dumps(record))
+        make(tmp_path, "single_task_full", {"semseg": 40.0 + batch}, batch_size=batch)
+    shown = report(tmp_path, mix=True, width=200)
+    assert "rows come from different commits: aaaaaaaaaa, bbbbbbbbbb" in shown
+    assert "Single-task memory and time are of all its models" in shown
+    assert "**" not in (tmp_path / "report" / "report.md").read_text().partition("### Table 1")[2]
+
+
+def test_latex_numbers_tables_itself_and_has_true_minus_signs(tmp_path):
+    make(tmp_path, "single_task_full", {"semseg": 50.0})
+    make(tmp_path, "ours", {"semseg": 40.0})
+    report(tmp_path)
+    text = (tmp_path / "report" / "report.tex").read_text()
+    assert "\\caption{Accuracy" in text and "Table 1. Accuracy" not in text and "$-$20.00" in text
