@@ -234,3 +234,30 @@ def test_efficiency_alone_tunes_nothing(tmp_path):
     assert result.exit_code == 0, result.output
     (cell,) = found(tmp_path / "runs")
     assert cell.tuned is None and cell.time
+
+
+# a control
+
+
+def test_from_shuffled_labels_nothing_is_gained(tmp_path):
+    """Trained on other images' labels, a model is no better than the best prediction that looks at no image; trained on
+    its own, it is better than that."""
+    few = {"steps": 120, "limit_train": 24, "limit_val": 24, "batch_size": 4, "augment": {"hflip": 0.5}}
+    args = (*asked(tmp_path, **few), "--image-size", "64", "--out", tmp_path / "runs")
+    assert bench(*args).exit_code == 0 and bench(*args, "--shuffle-labels").exit_code == 0
+    by_control = {record.spec.shuffled_labels: record for record in found(tmp_path / "runs")}
+    assert len({record.spec.hash for record in by_control.values()}) == 2
+    own, control = (by_control[flag].metrics for flag in (False, True))
+    blind = by_control[True].floor_map
+    assert blind == by_control[False].floor_map and blind["depth"]["rmse"] < by_control[True].floor["depth"]["rmse"]
+
+    def error(metrics):
+        return metrics["depth"]["rmse"]
+
+    def hits(metrics):
+        return metrics["semseg"]["mIoU"]
+
+    assert error(control) > 0.97 * error(blind) and hits(control) < 1.1 * hits(blind)
+    assert error(own) < 0.95 * error(control) and hits(own) > 1.05 * hits(control)
+    shown = " ".join(bench("report", tmp_path / "runs").output.split())
+    assert "SHUFFLED LABELS" in shown and "Constant per pixel" in shown and "Group 2 of 2" in shown

@@ -149,3 +149,33 @@ def test_a_broken_image_is_named_in_one_line_from_a_worker_process_too(folder, w
     assert status == "failed"
     assert failure.message.startswith("cannot decode image") and str(folder / "b.png") in failure.message
     assert "\n" not in failure.message
+
+
+def test_shuffled_labels_are_those_of_another_image_and_the_same_in_every_epoch():
+    plain, shuffled = (
+        DenseDataset(cards.load("scenes"), "train", TASKS, (32, 48), limit=7, augment=Augment(hflip=0), seed=3,
+                     shuffled_labels=flag)
+        for flag in (False, True)
+    )  # fmt: skip
+    assert sorted(shuffled.label_of) == list(range(7)) and all(i != j for i, j in enumerate(shuffled.label_of))
+    for index, other in enumerate(shuffled.label_of):
+        for epoch in (0, 1):
+            found = shuffled[epoch, index]
+            assert torch.equal(found["image"], plain[epoch, index]["image"])
+            assert all(torch.equal(found[task], plain[epoch, other][task]) for task in TASKS)
+
+
+def test_shuffled_labels_of_an_image_of_another_size_are_fitted_to_it(folder):
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(folder / "a.png")
+    Image.fromarray(np.zeros((20, 30), np.uint8)).save(folder / "a-mask.png")
+    crop = Augment(hflip=0, crop_scale=(1.0, 1.0))
+    shuffled = DenseDataset(FILES, "train", ("saliency",), (16, 16), folder, augment=crop, shuffled_labels=True)
+    for index in range(3):
+        assert shuffled[0, index]["saliency"].shape == shuffled[0, index]["image"].shape[1:] == (16, 16)
+
+
+def test_shuffled_labels_differ_by_seed_and_not_otherwise():
+    def order(seed):
+        return DenseDataset(cards.load("scenes"), "train", TASKS, (32, 48), limit=9, seed=seed, shuffled_labels=True)
+
+    assert order(0).label_of == order(0).label_of != order(1).label_of

@@ -191,3 +191,11 @@ WATCH = """const watch = () => {
   if (!window.drawn) requestAnimationFrame(watch);
 };
 watch();"""
+
+
+def test_the_floor_is_there_and_nothing_is_nan(records, view):
+    make(records, "lora", FOUR, floor={"semseg": {"mIoU": 3.5}}, floor_map={"semseg": {"mIoU": 4.5}})
+    page = view(write(records))
+    shown = dict(zip(column(page, "method"), column(page, "SemSeg mIoU % ↑"), strict=True))
+    assert shown["Constant prediction"] == "3.5" and shown["Constant per pixel"] == "4.5"
+    assert "NaN" not in page.locator("table.dataTable").inner_text()
