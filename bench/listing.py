@@ -90,7 +90,7 @@ def _recipes() -> Table:
         r = recipe.load(name)
         length = f"{r.epochs} epochs" if r.epochs else f"{r.steps} steps"
         base = f" at batch {r.optimizer.base_batch_size}" if r.optimizer.base_batch_size else ""
-        rates = [r.optimizer.lr] if r.tune is None else r.tune.rates
+        rates = r.tune.rates if r.tune else [r.optimizer.lr]
         rate = f"{r.optimizer.name} {' or '.join(f'{value:g}' for value in rates)}{base}"
         out.add_row(name, _with_source(r.title, r.source), rate, r.schedule.name, str(r.batch_size), length)
     return out
