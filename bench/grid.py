@@ -115,6 +115,8 @@ def jobs(
     one_of("cache", cache, ("none", "ram", "disk"))
     recipe = recipes.load(settings.recipe)
     seeds = _seeds(str(settings.seeds))
+    if settings.shuffle_labels and _length(settings, recipe)[1] == 0:
+        raise BenchError("--shuffle-labels says nothing where nothing is trained (--steps 0)")
     data = _data(settings, recipe, data_root, read, tell)
     size = parse_size(settings.image_size) or recipe.image_size or data.card.image_size
     epochs, steps = _length(settings, recipe)

@@ -57,7 +57,7 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     from bench.data.subset import evenly_spaced
     from bench.measure.profile import floor_seconds, matmul_rate, measure, synthetic_batch
     from bench.train.floor import best_constants, best_maps, score_floors, sum_labels
-    from bench.train.loop import Trainer, evaluate, losses_by_batch, train
+    from bench.train.loop import DivergedError, Trainer, evaluate, losses_by_batch, train
     from bench.train.trained import save_trained
     from methods.backbones.base import Backbone
     from methods.backbones.load import WeightSource, load_backbone
@@ -138,8 +138,11 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
         measure_efficiency()
     if spec.steps == 0:
         return
-    accelerator = make_accelerator()  # training starts with a loss scale of its own
     record.tuned = job.tuned
+    if job.tuned is not None and job.tuned.rate is None:
+        diverged = all(each.status == "diverged" for each in job.tuned.tried)
+        raise DivergedError(job.tuned.reason) if diverged else BenchError(job.tuned.reason)
+    accelerator = make_accelerator()  # training starts with a loss scale of its own
     recipe = spec.recipe.with_rate(job.tuned.rate) if spec.recipe.tune else spec.recipe
 
     def samples(split: Literal["train", "val"], limit: int | None, **how: Any) -> DenseDataset:
@@ -156,7 +159,9 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     else:
         kept, held = held_out(train_set.names, spec.trial.holdout)
         train_set = samples("train", None, names=kept, **training)
-        val_set = samples("train", None, names=held, original_labels=original_labels)
+        # What is left of a control is a control too.
+        how = {"original_labels": original_labels, "seed": spec.seed, "shuffled_labels": spec.shuffled_labels}
+        val_set = samples("train", None, names=held, **how)
         total_steps = max(1, round(total_steps * spec.trial.length))
     emit("phase", name="train")
     job.trained_path.unlink(missing_ok=True)  # of an earlier run of the cell

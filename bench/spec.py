@@ -103,6 +103,7 @@ class Tried(BaseModel):
 
     rate: float
     status: str  # of the trial's record
+    message: str = ""  # of its failure
     score: float | None = None  # see bench.tuning.score; None where the trial failed
     figures: dict[str, float | None] = {}  # task -> headline figure on the images held out
 
@@ -112,8 +113,9 @@ class Tuned(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    rate: float
+    rate: float | None  # None where no trial came to a score, or one failed for reasons that are not its rate's
     tried: tuple[Tried, ...]
+    reason: str = ""  # why there is no rate
 
 
 class Job(BaseModel):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -73,26 +75,47 @@ def run_all(jobs: Sequence[Job], console: Console, retry: bool = False, fresh: b
         cells = progress.add_task("cells", total=len(jobs), note="")
         for job in jobs:
             label = f"{escape(job.spec.method)} · {job.spec.backbone.split('.')[0]} · seed {job.spec.seed}"
-            result = finished(job, retry, fresh)
-            if result is None:
-                if job.spec.recipe.tune and job.spec.steps != 0:
+            with only_here(job, label, console):
+                result = finished(job, retry, fresh)
+                verb = "kept" if result else "done"
+                if result is None and job.spec.recipe.tune and job.spec.steps != 0:
                     for trial in trials(job):
                         if trial.record_path not in tried:
                             tried[trial.record_path] = _try(trial, label, progress, console, retry, fresh)
                     found = [tried[trial.record_path] for trial in trials(job)]
                     job = job.model_copy(update={"tuned": choose(found)})
-                    if job.tuned is None:
-                        result = _untuned(job, found)
+                    if any(record.status == "interrupted" for record in found):  # by somebody else's signal
+                        result = blank_record(job)
+                        result.failure = Failure(kind="Interrupted", message=job.tuned.reason)
                         result.write(job.out)
                 if result is None:
                     result = _run_shown(job, label, progress, console)
-                verb = "done"
-            else:
-                verb = "kept"
             console.print(_summary(label, verb, result))
             results.append(result)
             progress.advance(cells)
     return results
+
+
+@contextmanager
+def only_here(job: Job, label: str, console: Console) -> Iterator[None]:
+    """One sweep at a time: another that runs the same cell, or a trial that several seeds share, is waited for."""
+    path = job.record_path.with_suffix(".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open(path, "w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            console.print(f"waiting   {label}: another bench run is at it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            break
+        file.close()  # its holder has taken the file away: there may be a new one
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 def _run_shown(job: Job, label: str, progress: Progress, console: Console) -> Record:
@@ -107,8 +130,9 @@ def _run_shown(job: Job, label: str, progress: Progress, console: Console) -> Re
 def _try(trial: Job, label: str, progress: Progress, console: Console, retry: bool, fresh: bool) -> Record:
     """A learning rate's trial, or its record from before."""
     label = f"{label.rpartition(' · ')[0]} · trial of lr {trial.spec.recipe.optimizer.lr:g}"
-    found = finished(trial, retry, fresh)
-    result = _run_shown(trial, label, progress, console) if found is None else found
+    with only_here(trial, label, console):
+        found = finished(trial, retry, fresh)
+        result = _run_shown(trial, label, progress, console) if found is None else found
     verb = "kept" if found else "tried"
     if result.status != "ok":
         reason = f": {escape(result.failure.message)}" if result.failure else ""
@@ -118,16 +142,6 @@ def _try(trial: Job, label: str, progress: Progress, console: Console, retry: bo
         told = "no score" if value is None else f"score {value:.4f}"
         console.print(f"{verb}  {label}: {told} on held-out training images")
     return result
-
-
-def _untuned(job: Job, found: Sequence[Record]) -> Record:
-    """The record of a cell none of whose learning rates came to a score."""
-    record = blank_record(job)
-    failed = next((each for each in found if each.status != "ok"), found[0])
-    reason = failed.failure.message if failed.failure else "a task has no figure on the images held out"
-    record.status = failed.status if failed.status != "ok" else "failed"
-    record.failure = Failure(kind="BenchError", message=f"no learning rate came to a score in its trial: {reason}")
-    return record
 
 
 def _run_one(job: Job, progress: Progress, line: TaskID) -> Record:

@@ -54,6 +54,8 @@ class DenseDataset(Dataset):
         self.augment, self.seed = augment, seed
         self.label_of = list(range(len(self.names)))
         if shuffled_labels:
+            if len(self.names) < 2:
+                raise BenchError(f"{card.name}: labels cannot be shuffled among {len(self.names)} image")
             cycle = torch.randperm(len(self.names), generator=seeded(seed, 0, 0, 1)).tolist()
             self.label_of = [after for _, after in sorted(zip(cycle, cycle[1:] + cycle[:1], strict=True))]
         crops = augment is not None and augment.crop_scale is not None

@@ -197,6 +197,14 @@ def _group(setting: str, place: Place, members: Sequence[Found]) -> Group:
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:6]
     short = published.short_backbone(spec.backbone)
     kept, marks = _one_each(members)
+    rates: dict[str, set[float | None]] = {}
+    for item in kept:
+        if item.record.tuned:
+            rates.setdefault(item.record.spec.method, set()).add(item.record.tuned.rate)
+    marks += [
+        f"seeds of {method} were trained at different learning rates: {', '.join(f'{r:g}' for r in sorted(found))}"
+        for method, values in rates.items() if len(found := values - {None}) > 1
+    ]  # fmt: skip
     if weights == "random":
         marks.insert(0, "RANDOM BACKBONE WEIGHTS, nothing was pretrained: accuracy and Delta-m do not rank the methods")
     return Group(

@@ -55,7 +55,7 @@ def _rows(number: int, group: Group, reference: str | None) -> list[dict[str, An
     }  # fmt: skip
     rows: list[dict[str, Any]] = [
         {"method": floor[tables.METHOD], "anchor": "", "group": number, "family": floor[tables.FAMILY], "#TP M": 0.0,
-         "status": "ok", "source": common["source"], **{_task(t): floor[tables.headline(t)] for t in spec.tasks}}
+         "status": "floor", "source": common["source"], **{_task(t): floor[tables.headline(t)] for t in spec.tasks}}
         | common for floor in tables.floors(group)
     ]  # fmt: skip
     printed_rows = {}
@@ -200,13 +200,13 @@ def _plot(group: Group, rows: Sequence[dict[str, Any]]) -> go.Figure | None:
     front = _front(rows, x, y, goods[y])
     figure.add_scatter(x=front[0], y=front[1], mode="lines", name="front", line={"color": GREY, "width": 1},
                        hoverinfo="skip")  # fmt: skip
-    rows = [row for row in rows if any(pd.notna(row.get(name)) for name in goods)]
+    # What looks at no image costs nothing, and has no place on a logarithmic axis.
+    rows = [row for row in rows if row["status"] != "floor" and any(pd.notna(row.get(name)) for name in goods)]
     for index, row in enumerate(rows):
         printed = row["status"] == "published"
         colour, marker = places(row.get("place", index), len(SYMBOLS))
-        measured = "place" in row
-        symbol = SYMBOLS[marker] if measured or printed else "line-ew-open"  # a floor
-        look = {"size": 12, "color": COLOURS[colour] if measured else GREY}
+        symbol = SYMBOLS[marker]
+        look = {"size": 12, "color": GREY if printed else COLOURS[colour]}
         figure.add_scatter(
             x=_values([row], x), y=_values([row], y), mode="markers", name=html.escape(row["method"]), hoverinfo="text",
             hovertext=_hover(row, list(goods)), marker=look | {"symbol": f"{symbol}-open" if printed else symbol},

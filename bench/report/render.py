@@ -222,7 +222,7 @@ def _mixed_sheets(mixture: Mixture, reference: str | None) -> list[tuple[str, st
     frames: dict[str, list[tuple[str, Group, pd.DataFrame]]] = {}
     for group, label in zip(mixture.groups, mixture.labels, strict=True):
         for name, caption, table, _ in _sheets(group, reference):
-            if name == "rates":  # they belong to one setting
+            if name == "rates" and len(mixture.groups) > 1:  # they belong to one setting
                 continue
             if label:
                 table = table[table[tables.STATUS] != "published"]
@@ -236,8 +236,10 @@ def _mixed_sheets(mixture: Mixture, reference: str | None) -> list[tuple[str, st
         if len(parts) > 1 and reference is None:
             against = f"against {tables.BASELINE} of the same setting, where it was run"
         group = replace(group, found=tuple(item for each in mixture.groups for item in each.found))  # for the notes
-        make = accuracy_sheet if name == "table1" else efficiency_sheet
-        sheet = make(group, table, against)
+        if name == "rates":
+            sheet = rates_sheet(group, table)
+        else:
+            sheet = (accuracy_sheet if name == "table1" else efficiency_sheet)(group, table, against)
         if len(parts) > 1:  # rows that are not comparable have no best
             sheet = replace(sheet, lines=[_unranked(line) for line in sheet.lines])
         made.append((name, caption, table, sheet))

@@ -154,12 +154,10 @@ def rates_sheet(group: Group, table: pd.DataFrame) -> Sheet:
         views.append(View(tables.rate_column(rate), tables.rate_column(rate), signed))
     notes = [
         f"Each method tried the same {len(tuning.rates)} learning rates for {tuning.length:.0%} of the steps on "
-        f"{1 - tuning.holdout:.0%} of the training images. Figures: by how many percent the tasks' metrics were worse "
-        "than at the chosen rate (geometric mean) on the other training images; the validation split was not looked at."
+        f"{1 - tuning.holdout:.0%} of the training images. Figures: change of the tasks' metrics in percent against "
+        "the chosen rate (geometric mean; negative is worse) on the other training images. The validation split was "
+        "not looked at."
     ]
-    edge = table.loc[table[tables.RATE_AT_EDGE], tables.METHOD].tolist()
-    if edge:
-        notes.append(f"Chosen at the edge of what was tried, so a better rate may lie beyond it: {', '.join(edge)}.")
     return _sheet(table, views, notes)
 
 
@@ -227,6 +225,13 @@ def _notes(group: Group, table: pd.DataFrame, against: str) -> list[str]:
     notes = [f"Δm: mean over tasks of the relative gain (equation 13); {against}."] if group.trained else []
     if group.spec.protocol == "published" and group.spec.decoder is None:
         notes.append("Protocol published: each method has its own paper's decoder; `equal` ranks the methods alone.")
+    tuned = [record for records in group.methods() for record in records if record.tuned]
+    if tuned:
+        edge = dict.fromkeys(record.method.title for record in tuned if tables.at_edge(record.tuned))
+        beyond = f" At the edge of what was tried, so a better one may lie beyond: {', '.join(edge)}." if edge else ""
+        notes.append(
+            "Learning rates were tuned alike, once for all seeds: the choice is in no interval and in no p." + beyond
+        )
     seeds = table[tables.SEEDS].dropna()
     if (seeds > 1).any():
         notes.append(

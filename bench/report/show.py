@@ -95,7 +95,7 @@ def _sections(record: Record) -> dict[str, dict[str, Any]]:
             "steps": f"{len(seconds)} after {time.warmup} of warm-up", "batch size": time.batch_size,
         } if time else {},
         "Learning rate": {
-            "trained with": record.tuned.rate,
+            "trained with": record.tuned.rate or "none",
             **{f"trial of {each.rate:g}": _trial(each) for each in record.tuned.tried},
         } if record.tuned else {},
         "Found before training": {
@@ -109,7 +109,9 @@ def _sections(record: Record) -> dict[str, dict[str, Any]]:
 def _trial(tried: Tried) -> str:
     """Score and headline figures on held-out training images."""
     if tried.score is None:
-        return tried.status.replace("_", " ") if tried.status != "ok" else "no score: a task has no figure"
+        return (
+            tried.status.replace("_", " ") if tried.status != "ok" else "no score: a task's figure is missing or zero"
+        )
     figures = ", ".join(f"{TASKS[task].title} {value:.4g}" for task, value in tried.figures.items())
     return f"score {tried.score:.4f} on held-out training images ({figures})"
 

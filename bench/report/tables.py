@@ -17,6 +17,7 @@ from bench.errors import BenchError, did_you_mean
 from bench.record import Record
 from bench.report import published
 from bench.report.groups import Group
+from bench.spec import Tuned
 from bench.tasks import TASKS, delta_m
 
 METHOD, FAMILY, SEEDS, STATUS, NOTE, SOURCE = "Method", "Family", "Seeds", "Status", "Note", "Source"
@@ -202,23 +203,30 @@ def rate_column(rate: float) -> str:
     return f"lr {rate:g}"
 
 
+def at_edge(tuned: Tuned) -> bool:
+    """Whether the smallest or the largest of the rates was chosen: a better one may lie beyond."""
+    rates = [each.rate for each in tuned.tried]
+    return tuned.rate in (min(rates), max(rates))
+
+
 def rates_table(group: Group) -> pd.DataFrame | None:
-    """Learning rates that each method has tried: the one it was trained with, and by how many percent all figures
-    were worse at each other one (geometric mean, on held-out training images). None where nothing was tuned.
+    """Learning rates that each method has tried: the one it was trained with, and the change of all figures
+    in percent at each of the others (geometric mean, on held-out training images). None where nothing was tuned.
     """
     rows = []
     for records in group.methods():
         tuned = next((record.tuned for record in _counted(records) if record.tuned), None)
         if tuned is None:
             continue
-        best = max(each.score for each in tuned.tried if each.score is not None)
-        rates = [each.rate for each in tuned.tried]
+        best = max((each.score for each in tuned.tried if each.score is not None), default=float("nan"))
         lost = {
             rate_column(each.rate): float("nan") if each.score is None else 100 * math.expm1(each.score - best)
             for each in tuned.tried
         }
-        edge = tuned.rate in (min(rates), max(rates))
-        rows.append(_common(group, records) | lost | {RATE: tuned.rate, RATE_AT_EDGE: edge})
+        row = _common(group, records) | lost | {RATE: tuned.rate, RATE_AT_EDGE: at_edge(tuned)}
+        failed = [f"{each.rate:g}: {each.status.replace('_', ' ')}" for each in tuned.tried if each.status != "ok"]
+        scoreless = [f"{each.rate:g}: no score" for each in tuned.tried if each.status == "ok" and each.score is None]
+        rows.append(row | {NOTE: "; ".join(filter(None, [row[NOTE], *failed, *scoreless]))})
     return pd.DataFrame(rows) if rows else None
 
 

@@ -1,7 +1,8 @@
 """The floor: what predictions that never look at the image score. A figure means little without it.
 
-The best constant, and the best map: a prediction for each place of the picture, the same for every image. The labels
-of other images can teach no more than the map (see --shuffle-labels).
+A constant, and a map: a prediction for each place of the picture, the same for every image. Each is the most frequent
+class or the mean of the training labels, which is not quite what is best for every metric. What the labels of other
+images can teach (see --shuffle-labels) is about the map.
 """
 
 from __future__ import annotations

@@ -321,7 +321,7 @@ def save_checkpoint(path: Path, trainer: Trainer, progress: Progress) -> None:
     if trainer.accelerator.device.type == "cuda":
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
     about = {"step": progress.step, "loader_wait": progress.loader_wait, "history": progress.history}
-    about["cosines"] = progress.cosines
+    about |= {"cosines": progress.cosines, "lr": trainer.recipe.optimizer.lr}
     if trainer.accelerator.scaler is not None:
         about["scaler"] = trainer.accelerator.scaler.state_dict()
     temporary = path.with_suffix(".partial")
@@ -336,10 +336,13 @@ def save_checkpoint(path: Path, trainer: Trainer, progress: Progress) -> None:
 
 
 def load_checkpoint(path: Path, trainer: Trainer) -> Progress:
-    """Put a trainer back to where `save_checkpoint` left it. Raises BenchError for the checkpoint of another model."""
+    """Put a trainer back to where `save_checkpoint` left it; to the start, where that was at another learning rate (a
+    cell that tunes it may have chosen anew). Raises BenchError for the checkpoint of another model."""
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["bench"])
+            if about.get("lr", trainer.recipe.optimizer.lr) != trainer.recipe.optimizer.lr:
+                return Progress()
             tensors = {key: file.get_tensor(key) for key in file.keys()}
         trainer.plain_model.load_trained_state(_below(tensors, "model/"))
         state: dict[int, dict[str, Tensor]] = {}

@@ -416,6 +416,18 @@ def test_a_damaged_checkpoint_is_refused(trainer, tmp_path, damage):
     assert "\n" not in str(caught.value)
 
 
+def test_a_checkpoint_at_another_learning_rate_is_left_alone(trainer, tmp_path):
+    """A cell that tunes its rate may choose another one after an interrupt: then it starts anew, and not half way."""
+    path = tmp_path / "c.safetensors"
+    first = trainer(seed=1)
+    save_checkpoint(path, first, Progress(step=4))
+    assert load_checkpoint(path, trainer()).step == 4
+    other = trainer(optimizer=Optimizer(name="adamw", lr=7e-4))
+    before = {name: value.clone() for name, value in other.plain_model.trained_state().items()}
+    assert load_checkpoint(path, other).step == 0
+    assert all(torch.equal(before[name], value) for name, value in other.plain_model.trained_state().items())
+
+
 def test_a_checkpoint_that_cannot_be_written_is_an_error_in_one_line(trainer, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(BenchError, match="cannot write checkpoint") as caught:
