@@ -20,6 +20,7 @@ from bench import grid, resources, run
 from bench.cli import app
 from bench.data import card as cards
 from bench.data.loader import DenseDataset
+from bench.grid import load_suite
 from bench.record import scan
 from bench.resources import ROOT
 
@@ -397,7 +398,8 @@ def test_a_dry_run_prints_the_cells_and_writes_nothing():
 
 @pytest.mark.parametrize("suite", resources.names("suites"))
 def test_every_suite_runs_dry(suite):
-    result = bench("run", "--suite", suite, "--weights", "random", "--device", "cpu", "--dry-run")
+    scenes = () if load_suite(suite).settings.dataset == "scenes" else ("--dataset", "scenes")  # no files are needed
+    result = bench("run", "--suite", suite, "--weights", "random", "--device", "cpu", "--dry-run", *scenes)
     assert result.exit_code == 0, result.output
     assert int(result.stdout.split()[0]) > 0 and "cells" in result.stdout
     assert not list(Path().iterdir())

@@ -14,7 +14,7 @@ from bench import grid
 from bench import recipe as recipes
 from bench.errors import BenchError
 from bench.resources import ROOT
-from bench.spec import RunSpec
+from bench.spec import RunSpec, Trial
 from methods.registry import all_methods
 
 RECIPE = {
@@ -203,6 +203,8 @@ BASE = RunSpec(
     batch_size=2, epochs=None, steps=2, precision="fp32", weights="random", device="cpu", seed=0,
 )  # fmt: skip
 MATTERS = {
+    "shuffled_labels": True,
+    "trial": Trial(length=0.25, holdout=0.2),
     "method": "mtlora", "backbone": "vit", "dataset": "nyud_v2", "data_fingerprint": "def", "tasks": ("semseg",),
     "protocol": "equal", "decoder": "hrnet", "image_size": (64, 32), "batch_size": 3, "epochs": 2, "steps": 3,
     "precision": "bf16", "weights": "timm", "limit_train": 5, "limit_val": 5, "device": "nvidia-h200",

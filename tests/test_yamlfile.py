@@ -112,7 +112,8 @@ def test_a_learning_rate_without_a_point_is_still_a_number(tmp_path):
 
 
 def test_a_missing_key(tmp_path):
-    assert "missing key 'optimizer.lr'" in complaint(tmp_path, RECIPE.replace("  lr: 0.1\n", ""))
+    assert "missing key 'schedule'" in complaint(tmp_path, RECIPE.replace("schedule: {name: cosine}\n", ""))
+    assert "exactly one of optimizer.lr and tune" in complaint(tmp_path, RECIPE.replace("  lr: 0.1\n", ""))
     assert "missing key 'title'" in complaint(tmp_path, RECIPE.replace("title: A recipe\n", ""))
 
 

@@ -91,6 +91,7 @@ def pareto(groups: Sequence[Group], choice: Choice) -> Drawn:
     if choice.published and choice.reference:
         raise BenchError("--published goes without --reference: printed Δm is against the papers' single-task rows")
     trained = _trained(groups, choice.reference)
+    trained = [(group, rows) for group, rows in trained if len(rows) > 1] or trained  # one point compares nothing
     if choice.published and not any(_printed(group, rows) for group, rows in trained):
         raise BenchError("no paper prints a row of these methods on these backbones: leave --published out")
     for group, rows in trained:

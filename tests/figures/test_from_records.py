@@ -247,3 +247,12 @@ def test_an_unreadable_record_is_named(tmp_path):
     args = ["figure", "sweep", str(tmp_path), "--out", out]
     done = CliRunner(env={"COLUMNS": "300"}).invoke(app, args)
     assert "left out:" in done.output and "half.json" in done.output
+
+
+def test_a_setting_with_one_method_is_drawn_only_where_there_is_no_other(tmp_path):
+    make(tmp_path, "single_task_full", FOUR, batch_size=4)
+    assert len(drawn("pareto", tmp_path)) == 1
+    for method in ("single_task_full", "mtlora"):
+        make(tmp_path, method, FOUR)
+    (figure,) = drawn("pareto", tmp_path)
+    assert "MTLoRA" in figure.axes[0].get_legend_handles_labels()[1]
