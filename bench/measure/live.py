@@ -18,18 +18,16 @@ from torch.utils.flop_counter import flop_registry
 OUTSIDE = ""  # the owner of what is made while no module runs: losses, gradients, optimizer
 
 
-def conv_backward_flops(
-    grad: Tensor, x: Tensor, weight: Tensor, *args: Any, out_val: tuple[Tensor | None, ...], **kwargs: Any
-) -> int:
+def conv_backward_flops(grad: Tensor, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
     """The gradient of the input and that of the weight take as many operations as the forward each.
 
     torch's own formula takes every convolution for one without groups where it comes to the weight's gradient: of a
     depthwise one over C channels it counts C times as many operations as there are.
     """
-    transposed = args[4]  # after the bias' sizes, stride, padding and dilation
+    _, _, _, _, transposed, _, _, wanted = args  # of input, weight and bias: which gradients
     places = (x if transposed else grad).shape[2:]
     once = 2 * x.shape[0] * prod(places) * weight.numel()
-    return once * sum(out is not None for out in out_val[:2])
+    return once * sum(wanted[:2])
 
 
 FORMULAS = flop_registry | {torch.ops.aten.convolution_backward: conv_backward_flops}
