@@ -17,8 +17,12 @@ class Strict(BaseModel):
 
 
 class Optimizer(Strict):
+    """`backbone_factor`: parameters that came with the pretrained backbone learn at this share of the rate (DETR,
+    Carion et al., 2020, has 0.1); one rate rarely suits both them and a decoder that starts from nothing."""
+
     name: Literal["adamw", "adam", "sgd"]
     lr: Positive | None = None  # None where the recipe tunes it
+    backbone_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     momentum: Fraction = 0.9  # sgd only

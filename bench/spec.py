@@ -82,7 +82,8 @@ class RunSpec(BaseModel):
             exclude={"method": True, "seed": True, "recipe_name": True, "recipe": {"title", "source"} | SETTLED},
         )
         later = (setting, {"memory": "default", "cudnn_benchmark": False, "shuffled_labels": False, "trial": None})
-        for part, defaults in (later, (setting["recipe"], {"tune": None})):
+        recipe = setting["recipe"]
+        for part, defaults in (later, (recipe, {"tune": None}), (recipe["optimizer"], {"backbone_factor": 1.0})):
             for name, default in defaults.items():
                 if part[name] == default:  # as in records from before there was a choice
                     del part[name]

@@ -103,7 +103,7 @@ class MultiTaskModel(nn.Module):
     def ledger(self) -> Ledger:
         """Count every distinct parameter once."""
         counts = dict.fromkeys(("adaptation", "backbone", "decoder", "shared", "per_task"), 0)
-        pretrained, owners = self._pretrained(), self.owners()
+        pretrained, owners = self.pretrained(), self.owners()
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -164,7 +164,8 @@ class MultiTaskModel(nn.Module):
             raise ValueError(f"checkpoint of another model: {len(odd)} tensors do not match, e.g. {odd[0]}")
         self.load_state_dict(dict(state), strict=False)
 
-    def _pretrained(self) -> set[str]:
+    def pretrained(self) -> set[str]:
+        """Names of the parameters that came with the backbone, in copies of it too."""
         return {
             f"{path}.{name}"
             for path, module in self.named_modules()

@@ -158,6 +158,9 @@ def rates_sheet(group: Group, table: pd.DataFrame) -> Sheet:
         "the chosen rate (geometric mean; negative is worse) on the other training images. The validation split was "
         "not looked at."
     ]
+    factor = group.spec.recipe.optimizer.backbone_factor
+    if factor != 1:
+        notes.append(f"Where the backbone's own parameters are trained, they learn at {factor:g} of the rate.")
     return _sheet(table, views, notes)
 
 

@@ -51,18 +51,25 @@ def learning_rate(schedule: Schedule, step: int, total: int) -> float:
     return schedule.final + (1 - schedule.final) * remaining
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe, batch_size: int) -> torch.optim.Optimizer:
-    """Over the trainable parameters alone: frozen ones get neither state nor decay."""
+def make_optimizer(model: MultiTaskModel, recipe: Recipe, batch_size: int) -> torch.optim.Optimizer:
+    """Over the trainable parameters alone: frozen ones get neither state nor decay. New parameters come before those
+    of the backbone, so that the first group's rate is the recipe's own."""
     settings = recipe.optimizer
     lr = settings.lr * (batch_size / settings.base_batch_size if settings.base_batch_size else 1)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    exempt = [p for p in trainable if p.dim() <= 1 and not settings.decay_one_dimensional]
-    decayed = [p for p in trainable if p.dim() > 1 or settings.decay_one_dimensional]
+    slowed = model.pretrained() if settings.backbone_factor != 1 else set()
+    found: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            exempt = p.dim() <= 1 and not settings.decay_one_dimensional
+            found.setdefault((name in slowed, exempt), []).append(p)
     groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": exempt, "weight_decay": 0.0},
+        {
+            "params": parameters,
+            "lr": lr * (settings.backbone_factor if slow else 1),
+            "weight_decay": 0.0 if exempt else settings.weight_decay,
+        }
+        for (slow, exempt), parameters in sorted(found.items(), key=lambda item: item[0])
     ]
-    groups = [group for group in groups if group["params"]]
     if settings.name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=settings.momentum)
     kind = torch.optim.AdamW if settings.name == "adamw" else torch.optim.Adam

@@ -150,6 +150,36 @@ def test_decay_may_leave_out_one_dimensional_parameters(build):
                 assert decay[id(p)] == (0.1 if everything or p.dim() > 1 else 0.0), name
 
 
+@pytest.mark.parametrize("expression", ["multi_task_full", "single_task_full", "bitfit", "ours", "mtlora"])
+@pytest.mark.parametrize("everything", [True, False])
+def test_the_backbone_learns_at_its_share_of_the_rate(build, expression, everything):
+    model = build(expression, size=SIZE)
+    settings = Optimizer(name="adamw", lr=0.3, weight_decay=0.1, decay_one_dimensional=everything, backbone_factor=0.1)
+    groups = make_optimizer(model, recipe(optimizer=settings), 2).param_groups
+    slow = sum(p.numel() for group in groups if group["lr"] == pytest.approx(0.03) for p in group["params"])
+    fast = sum(p.numel() for group in groups if group["lr"] == pytest.approx(0.3) for p in group["params"])
+    ledger = model.ledger()
+    assert (slow, fast) == (ledger.backbone, ledger.adaptation + ledger.decoder)
+    assert groups[0]["lr"] == pytest.approx(0.3)
+    held = [id(p) for group in groups for p in group["params"]]
+    assert sorted(held) == sorted({id(p) for p in model.parameters() if p.requires_grad})
+
+
+def test_the_rates_of_all_groups_follow_the_schedule(trainer):
+    settings = Optimizer(name="sgd", lr=0.3, backbone_factor=0.1)
+    trainer = trainer("multi_task_full", total=10, optimizer=settings)
+    before = {name: p.detach().clone() for name, p in trainer.plain_model.named_parameters()}
+    factor = learning_rate(trainer.recipe.schedule, 3, 10)
+    trainer.step(synthetic_batch(trainer.plain_model.tasks, SIZE, 2, torch.device("cpu")), 3)
+    rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    pretrained = trainer.plain_model.pretrained()
+    for name, p in trainer.plain_model.named_parameters():
+        assert rates[id(p)] == pytest.approx(factor * (0.03 if name in pretrained else 0.3)), name
+    assert any(
+        not torch.equal(before[name], p) for name, p in trainer.plain_model.named_parameters() if name in pretrained
+    )
+
+
 @pytest.mark.parametrize(("base", "batch", "expected"), [(None, 6, 0.3), (12, 6, 0.15), (2, 6, 0.9)])
 def test_the_rate_scales_with_the_batch(build, base, batch, expected):
     settings = Optimizer(name="adam", lr=0.3, base_batch_size=base)
