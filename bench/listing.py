@@ -91,7 +91,11 @@ def _recipes() -> Table:
         length = f"{r.epochs} epochs" if r.epochs else f"{r.steps} steps"
         base = f" at batch {r.optimizer.base_batch_size}" if r.optimizer.base_batch_size else ""
         rates = r.tune.rates if r.tune else [r.optimizer.lr]
-        slower = f", backbone at {r.optimizer.backbone_factor:g} of it" if r.optimizer.backbone_factor != 1 else ""
+        slower = (
+            f"; x{r.optimizer.backbone_factor:g} in a backbone trained whole"
+            if r.optimizer.backbone_factor != 1
+            else ""
+        )
         rate = f"{r.optimizer.name} {' or '.join(f'{value:g}' for value in rates)}{base}{slower}"
         out.add_row(name, _with_source(r.title, r.source), rate, r.schedule.name, str(r.batch_size), length)
     return out

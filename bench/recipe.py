@@ -17,8 +17,9 @@ class Strict(BaseModel):
 
 
 class Optimizer(Strict):
-    """`backbone_factor`: parameters that came with the pretrained backbone learn at this share of the rate (DETR,
-    Carion et al., 2020, has 0.1); one rate rarely suits both them and a decoder that starts from nothing."""
+    """`backbone_factor`: where the whole backbone is trained, its parameters learn at this share of the rate (DETR,
+    Carion et al., 2020, has 0.1): one rate rarely suits both them and a decoder that starts from nothing. Methods that
+    train a part of it, biases say, are not concerned; they want the rate of what is new."""
 
     name: Literal["adamw", "adam", "sgd"]
     lr: Positive | None = None  # None where the recipe tunes it

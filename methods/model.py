@@ -164,6 +164,11 @@ class MultiTaskModel(nn.Module):
             raise ValueError(f"checkpoint of another model: {len(odd)} tensors do not match, e.g. {odd[0]}")
         self.load_state_dict(dict(state), strict=False)
 
+    def trains_whole_backbone(self) -> bool:
+        """Full fine-tuning: no parameter that came with the backbone is frozen."""
+        pretrained = self.pretrained()
+        return all(p.requires_grad for name, p in self.named_parameters() if name in pretrained)
+
     def pretrained(self) -> set[str]:
         """Names of the parameters that came with the backbone, in copies of it too."""
         return {

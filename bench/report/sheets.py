@@ -160,7 +160,7 @@ def rates_sheet(group: Group, table: pd.DataFrame) -> Sheet:
     ]
     factor = group.spec.recipe.optimizer.backbone_factor
     if factor != 1:
-        notes.append(f"Where the backbone's own parameters are trained, they learn at {factor:g} of the rate.")
+        notes.append(f"Full fine-tuning trains the backbone's own parameters at {factor:g} of the rate.")
     return _sheet(table, views, notes)
 
 

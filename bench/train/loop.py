@@ -56,7 +56,7 @@ def make_optimizer(model: MultiTaskModel, recipe: Recipe, batch_size: int) -> to
     of the backbone, so that the first group's rate is the recipe's own."""
     settings = recipe.optimizer
     lr = settings.lr * (batch_size / settings.base_batch_size if settings.base_batch_size else 1)
-    slowed = model.pretrained() if settings.backbone_factor != 1 else set()
+    slowed = model.pretrained() if settings.backbone_factor != 1 and model.trains_whole_backbone() else set()
     found: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:

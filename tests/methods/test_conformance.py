@@ -234,6 +234,7 @@ def test_convolutional_pyramid(build, tasks, name, pyramid):
         assert name not in RUNS_ANYWHERE
         assert pyramid in str(error) and "\n" not in str(error)
         return
+    assert model.trains_whole_backbone() == name.endswith("_full")
     still = frozen(model)
     before = [tensor.clone() for tensor in still]
     # All four ReLUs of a router can be dead on a random network this small; everything else must be reached.
@@ -268,6 +269,7 @@ def test_other_transformers(build, tasks, name, make):
     except MethodError as error:
         assert make.__name__ in str(error) and "\n" not in str(error)
         return
+    assert model.trains_whole_backbone() == name.endswith("_full")
     outputs = model.train()(images(2, (48, 64)))
     assert {task: tuple(out.shape) for task, out in outputs.items()} == {t: (2, n, 48, 64) for t, n in tasks.items()}
     sum((out * torch.randn_like(out)).mean() for out in outputs.values()).backward()
