@@ -107,7 +107,12 @@ def run(
         int, typer.Option(min=0, help="So many times in all, compare the tasks' gradients (for `bench figure`).")
     ] = 0,
     out: Annotated[Path, typer.Option(help="Where records go.")] = Path("runs"),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Run finished cells again too.")] = False,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh", help="Run finished cells again too, and interrupted ones of other code from the start."
+        ),
+    ] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Run failed cells again.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and stop.")] = False,
 ) -> None:

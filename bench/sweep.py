@@ -49,6 +49,18 @@ def finished(job: Job, retry: bool = False, fresh: bool = False) -> Record | Non
     return found if found.status == "ok" or (found.status != "interrupted" and not retry) else None
 
 
+def forget_other_code(job: Job) -> None:
+    """Delete the cell's checkpoint unless the code of this very commit left it: `--fresh` is for code that changed."""
+    commit, dirty = provenance.git_state()
+    try:
+        made = records.read(job.record_path)
+    except BenchError:
+        made = None
+    same = made is not None and made.status == "interrupted" and made.provenance is not None
+    if not (same and commit and not dirty and made.provenance.commit == commit and not made.provenance.dirty):
+        job.checkpoint_path.unlink(missing_ok=True)
+
+
 def check_writable(out: Path) -> None:
     """Raise BenchError before anything runs if records cannot be written."""
     try:
@@ -89,7 +101,7 @@ def run_all(jobs: Sequence[Job], console: Console, retry: bool = False, fresh: b
                         result.failure = Failure(kind="Interrupted", message=job.tuned.reason)
                         result.write(job.out)
                 if result is None:
-                    result = _run_shown(job, label, progress, console)
+                    result = _run_shown(job, label, progress, console, fresh)
             console.print(_summary(label, verb, result))
             results.append(result)
             progress.advance(cells)
@@ -118,7 +130,9 @@ def only_here(job: Job, label: str, console: Console) -> Iterator[None]:
         file.close()
 
 
-def _run_shown(job: Job, label: str, progress: Progress, console: Console) -> Record:
+def _run_shown(job: Job, label: str, progress: Progress, console: Console, fresh: bool) -> Record:
+    if fresh:
+        forget_other_code(job)
     if job.checkpoint_path.is_file():
         console.print(f"resuming  {label} from its checkpoint")
     line = progress.add_task(label, total=None, note="starting")
@@ -132,7 +146,7 @@ def _try(trial: Job, label: str, progress: Progress, console: Console, retry: bo
     label = f"{label.rpartition(' · ')[0]} · trial of lr {trial.spec.recipe.optimizer.lr:g}"
     with only_here(trial, label, console):
         found = finished(trial, retry, fresh)
-        result = _run_shown(trial, label, progress, console) if found is None else found
+        result = _run_shown(trial, label, progress, console, fresh) if found is None else found
     verb = "kept" if found else "tried"
     if result.status != "ok":
         reason = f": {escape(result.failure.message)}" if result.failure else ""

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -225,6 +226,46 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(resumed, killed):
 def test_nothing_but_the_record_and_what_was_trained_is_left_in_the_end(resumed):
     assert resumed["record after"].status == "ok" and resumed["record after"].trained_sha256
     assert resumed["files after"] == {"json", "trained.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("status", "made_at", "dirty_then", "dirty_now", "goes_on"),
+    [
+        ("interrupted", "now", False, False, True),
+        ("interrupted", "before", False, False, False),
+        ("interrupted", "now", True, False, False),
+        ("interrupted", "now", False, True, False),
+        ("failed", "now", False, False, False),
+        (None, "now", False, False, False),
+    ],
+)
+def test_fresh_goes_on_only_from_a_checkpoint_of_the_same_code(
+    resumed, tmp_path, monkeypatch, status, made_at, dirty_then, dirty_now, goes_on
+):
+    made = resumed["record"]
+    job = SimpleNamespace(
+        record_path=tmp_path / made.spec.relative_path(), checkpoint_path=tmp_path / "cell.safetensors"
+    )
+    job.checkpoint_path.touch()
+    if status:
+        provenance = made.provenance.model_copy(update={"commit": made_at, "dirty": dirty_then})
+        made.model_copy(update={"status": status, "provenance": provenance}).write(tmp_path)
+    monkeypatch.setattr(sweep.provenance, "git_state", lambda: ("now", dirty_now))
+    sweep.forget_other_code(job)
+    assert job.checkpoint_path.exists() == goes_on
+
+
+def test_fresh_starts_anew_after_a_change(tmp_path, monkeypatch):
+    args = (*asked(tmp_path), "--out", tmp_path / "runs")
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 12, lambda process: process.send_signal(signal.SIGTERM))
+        bench(*args)
+    (checkpoint,) = (tmp_path / "runs").rglob("*.safetensors")
+    assert only(tmp_path / "runs").status == "interrupted"
+    monkeypatch.setattr(sweep.provenance, "git_state", lambda: ("another", False))
+    again = bench(*args, "--fresh")
+    assert again.exit_code == 0 and "resuming" not in again.output
+    assert only(tmp_path / "runs").status == "ok"
 
 
 def test_a_second_interrupt_kills_the_cell_at_once():
