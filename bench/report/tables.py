@@ -171,7 +171,23 @@ def measured_row(group: Group, records: Sequence[Record], against: Baseline) -> 
     row = _common(group, records) | _delta_cells(figures, against) | {interval(DELTA): half_width(deltas)}
     for task in group.spec.tasks:
         row |= {headline(task): figures[task].mean(), interval(headline(task)): half_width(figures[task])}
-    return row | _parameters(group, records)
+    still = sorted({task for record in records if record.status == "ok" for task in not_fallen(record)})
+    told = f"the training loss did not fall in {', '.join(TASKS[task].title for task in still)}" if still else ""
+    return row | _parameters(group, records) | {NOTE: "; ".join(filter(None, [row[NOTE], told]))}
+
+
+def not_fallen(record: Record, least: int = 20) -> list[str]:
+    """Tasks whose mean training loss over the last tenth of the logged steps is no lower than over the first tenth:
+    nothing was learnt of them, or it was lost again. Empty where fewer than `least` steps were logged."""
+    history = record.history
+    if len(history) < least:
+        return []
+    part = len(history) // 10
+
+    def mean(entries: Sequence[Mapping[str, float]], task: str) -> float:
+        return sum(entry[f"loss/{task}"] for entry in entries) / len(entries)
+
+    return [task for task in record.spec.tasks if mean(history[-part:], task) >= mean(history[:part], task)]
 
 
 def _deltas_by_seed(group: Group, records: Sequence[Record], against: Baseline) -> dict[int, float]:

@@ -264,6 +264,20 @@ def test_a_failed_seed_is_told_and_not_averaged(tmp_path):
     assert (row["SemSeg mIoU (%) ↑"], row["Seeds"], row["Note"]) == (50.0, 1, "1 of 2 seeds diverged")
 
 
+def test_a_training_loss_that_did_not_fall_is_told(tmp_path):
+    def history(semseg):
+        return [{"step": i + 1, "loss/semseg": value, "loss/normals": 1 - i / 100} for i, value in enumerate(semseg)]
+
+    # The first tenth (two steps) has mean 3: a last tenth of mean 2.9 has fallen, one of 3 has not.
+    between = [9.0] * 16
+    make(tmp_path, "fell", history=history([2.0, 4.0, *between, 3.8, 2.0]))
+    make(tmp_path, "stayed", history=history([2.0, 4.0, *between, 4.0, 2.0]))
+    make(tmp_path, "stayed", seed=1, history=history([2.0, 4.0, *between, 3.8, 2.0]))
+    make(tmp_path, "short", history=history([2.0, 4.0, 9.0]))
+    notes = tables.accuracy_table(only(tmp_path)).set_index("Method")["Note"]
+    assert dict(notes) == {"fell": "", "short": "", "stayed": "the training loss did not fall in SemSeg"}
+
+
 @pytest.mark.parametrize("width", [80, 100, 140])
 def test_random_weights_are_marked_everywhere(tmp_path, width):
     make(tmp_path, "ours", weights="random")
