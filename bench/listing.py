@@ -91,4 +91,6 @@ def _suites() -> typing.Iterator[tuple[str, ...]]:
     for name in resources.names("suites"):
         suite = grid.load_suite(name)
         where = suite.settings.backbone.replace(",", ", ")
-        yield name, suite.title, _dim(suite.source), escape(f"{suite.settings.methods} on {where}")
+        factor = suite.settings.backbone_factor
+        slowed = f"; times {factor:g} in a backbone trained whole" if factor else ""
+        yield name, suite.title, _dim(suite.source), escape(f"{suite.settings.methods} on {where}{slowed}")

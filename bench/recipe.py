@@ -133,6 +133,11 @@ class Recipe(Strict):
         """The same with this learning rate, and nothing left to tune."""
         return self.model_copy(update={"optimizer": self.optimizer.model_copy(update={"lr": rate}), "tune": None})
 
+    def with_backbone_factor(self, factor: float) -> Recipe:
+        """The same with this share of the rate for a backbone that is trained whole: what suits one kind of backbone
+        need not suit another."""
+        return self.model_copy(update={"optimizer": self.optimizer.model_copy(update={"backbone_factor": factor})})
+
     def untuned(self) -> Recipe:
         """For measuring steps whose outcome does not matter: a recipe that tunes with its middle rate."""
         return self.with_rate(sorted(self.tune.rates)[len(self.tune.rates) // 2]) if self.tune else self

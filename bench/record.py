@@ -82,12 +82,17 @@ class Provenance(Part):
     packages: dict[str, str]
     commit: str | None = None
     dirty: bool | None = None
+    earlier_commits: list[str] = []  # other code that trained a part of it, before an interrupt
     data_fingerprint: str = ""
     weights: Weights | None = None
     gpu_before: GPUState | None = None  # before the steps that are measured
     gpu_after: GPUState | None = None
     started: str = ""  # ISO 8601, UTC
     seconds: float | None = None  # of the process that wrote the record, the last one of a resumed cell
+
+    def commits(self) -> list[str]:
+        """Of all code that had a part in it."""
+        return [*self.earlier_commits, *([self.commit] if self.commit else [])]
 
 
 class Parameters(Part):

@@ -180,7 +180,9 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
         job.checkpoint_seconds,
         lambda step, total, loss: emit("step", step=step, total=total, loss=loss),
         job.probes,
+        record.provenance.commit,
     )
+    record.provenance.earlier_commits = [c for c in progress.commits if c != record.provenance.commit]
     record.history, record.loader_wait, record.cosines = progress.history, progress.loader_wait, progress.cosines
 
     emit("phase", name="evaluate")

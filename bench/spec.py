@@ -107,6 +107,7 @@ class Tried(BaseModel):
     message: str = ""  # of its failure
     score: float | None = None  # see bench.tuning.score; None where the trial failed
     figures: dict[str, float | None] = {}  # task -> headline figure on the images held out
+    commits: tuple[str, ...] = ()  # of the code that it ran with; several where it was interrupted
 
 
 class Tuned(BaseModel):

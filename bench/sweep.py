@@ -99,7 +99,8 @@ def run_all(jobs: Sequence[Job], console: Console, retry: bool = False, fresh: b
                     if any(record.status == "interrupted" for record in found):  # by somebody else's signal
                         result = blank_record(job)
                         result.failure = Failure(kind="Interrupted", message=job.tuned.reason)
-                        result.write(job.out)
+                        if not (fresh and job.record_path.is_file()):  # nothing good is lost
+                            result.write(job.out)
                 if result is None:
                     result = _run_shown(job, label, progress, console, fresh)
             console.print(_summary(label, verb, result))

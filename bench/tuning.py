@@ -82,6 +82,7 @@ def choose(records: Sequence[Record]) -> Tuned:
             message=record.failure.message if record.failure else "",
             score=score(record),
             figures={task: record.metrics.get(task, {}).get(TASKS[task].headline.key) for task in record.spec.tasks},
+            commits=tuple(record.provenance.commits()) if record.provenance else (),
         )
         for record in records
     )

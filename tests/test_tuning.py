@@ -254,6 +254,17 @@ def test_a_trial_that_somebody_else_interrupts_goes_on_the_next_time(tmp_path):
     assert cell.status == "ok" and all(r.status == "ok" and r.history[-1]["step"] == 20 for r in tried)
 
 
+def test_running_anew_loses_nothing_to_an_interrupted_trial(tmp_path):
+    args = (*asked(tmp_path, **TUNED), "--out", tmp_path / "runs")
+    assert bench(*args).exit_code == 0
+    _, (before,) = parts(tmp_path / "runs")
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 3, lambda process: process.send_signal(signal.SIGTERM))
+        assert bench(*args, "--fresh").exit_code == 1
+    _, (after,) = parts(tmp_path / "runs")
+    assert after == before
+
+
 def test_interrupted_trials_go_on(tmp_path, tuned):
     """The same figures as without an interrupt, and no trial twice."""
     command = [sys.executable, "-m", "bench", *map(str, asked(tmp_path, **TUNED)), "--out", str(tmp_path / "runs")]

@@ -268,7 +268,8 @@ def _drift(found: Sequence[Found]) -> list[str]:
         for item in found
         if (p := item.record.provenance) and p.device == "cpu" and (p.load_before or 0) > p.cores + 1
     )
-    commits = sorted({p.commit[:10] for p in seen if p.commit})
+    tried = [each for item in found if item.record.tuned for each in item.record.tuned.tried]
+    commits = sorted({c[:10] for made in (*(p.commits() for p in seen), *(t.commits for t in tried)) for c in made})
     states = [state for p in seen for state in (p.gpu_before, p.gpu_after) if state]
     slow = sorted({reason for state in states for reason in state.throttled})
     return [

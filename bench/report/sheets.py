@@ -238,8 +238,9 @@ def _notes(group: Group, table: pd.DataFrame, against: str) -> list[str]:
     seeds = table[tables.SEEDS].dropna()
     if (seeds > 1).any():
         notes.append(
-            "Figures are means over the seeds; ± is half of the mean's 95 % confidence interval (Student's t); of "
-            "Δm over the baseline's run of the same seed where it has them all, else without the baseline's noise."
+            "Figures are means over the seeds; ± is half of the mean's 95 % confidence interval (Student's t). Of "
+            "Δm it is over the seeds that the baseline has too, each against the baseline's run of that seed; where "
+            "those are fewer than two, the baseline's own noise is not in it."
         )
     if tables.P_VALUE in table:
         notes.append("p: two-sided paired t-test over seeds of Δm against the best other row with three; uncorrected.")

@@ -191,14 +191,17 @@ def not_fallen(record: Record, least: int = 20) -> list[str]:
 
 
 def _deltas_by_seed(group: Group, records: Sequence[Record], against: Baseline) -> dict[int, float]:
-    """Each seed's Delta-m: against the baseline's run of the same seed where it has them all, so that what both share
-    and the baseline's own noise are in the differences; else against the baseline's mean."""
+    """Each seed's Delta-m against the baseline's run of that seed, for the seeds that both have, so that what they
+    share and the baseline's own noise are in the differences. Where those are fewer than two: every seed's against the
+    baseline's mean."""
     figures = _figures(group, records)
-    paired = len(figures) > 1 and set(figures.index) <= set(against.by_seed)
+    shared = [seed for seed in figures.index if seed in against.by_seed]
     found = {}
     for seed, row in zip(figures.index, figures.to_dict("records"), strict=True):
-        base = Baseline(against.title, against.by_seed[seed]) if paired else against
-        found[seed] = _delta(row, base)[0]
+        if len(shared) < 2:
+            found[seed] = _delta(row, against)[0]
+        elif seed in shared:
+            found[seed] = _delta(row, Baseline(against.title, against.by_seed[seed]))[0]
     return found
 
 

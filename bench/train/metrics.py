@@ -108,7 +108,9 @@ class NormalsError(Metric):
         valid = (label != 0).any(1)
         # atan2 of cross and dot is exact for small angles, where arccos loses half its digits.
         cross = torch.linalg.cross(logits, label, dim=1).square().sum(1).sqrt()  # see normals_l1
-        angle = torch.atan2(cross, (logits * label).sum(1)).rad2deg()
+        dot = (logits * label).sum(1)
+        angle = torch.atan2(cross, dot).rad2deg()
+        angle = angle.where((cross != 0) | (dot != 0), 90.0)  # no direction at all: neither right nor wrong
         angle = angle[valid].double()
         self.total += angle.sum()
         self.squared += angle.square().sum()

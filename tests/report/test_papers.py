@@ -207,6 +207,10 @@ def test_delta_m_is_paired_with_the_baseline_of_the_same_seed(tmp_path):
     assert rows.loc["Ours", "Delta-m (%), ±95 %"] == pytest.approx((high - low) / 2)
     assert pd.isna(rows.loc["Single-task full fine-tuning", "Delta-m (%), ±95 %"])
     assert rows.loc["Ours", tables.P_VALUE] == pytest.approx(stats.ttest_1samp(gains, 0).pvalue)
+    make(tmp_path, "ours", {"semseg": 58.0}, seed=3)  # which the baseline has not: more is known of the mean alone
+    more = measured(tables.accuracy_table(only(tmp_path))).loc["Ours"]
+    assert more["Delta-m (%)"] == pytest.approx(100 * ((55 + 44.8 + 66 + 58) / 4 / 50 - 1))
+    assert more["Delta-m (%), ±95 %"] == pytest.approx((high - low) / 2)
 
 
 def test_json_is_the_tables_and_nothing_else(tmp_path):

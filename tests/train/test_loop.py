@@ -75,8 +75,8 @@ def dataset(card, tasks):
     return DenseDataset(card, "train", tuple(tasks), SIZE, limit=4, augment=Augment(hflip=0.5), seed=3)
 
 
-def run(trainer, dataset, checkpoint, report=lambda *args: None):
-    return train(trainer, dataset, 2, 0, checkpoint, 1e9, report)
+def run(trainer, dataset, checkpoint, report=lambda *args: None, **more):
+    return train(trainer, dataset, 2, 0, checkpoint, 1e9, report, **more)
 
 
 def values(trainer):
@@ -385,6 +385,17 @@ def test_resumed_is_uninterrupted(trainer, dataset, tmp_path, no_escape, express
     assert resumed.step == expected.step == 6
     assert resumed.history == expected.history
     assert_same(values(second), values(whole))
+
+
+def test_the_code_of_both_parts_of_a_resumed_run_is_known(trainer, dataset, tmp_path):
+    def at_once(step, total, loss):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "checkpoint.safetensors"
+    for commit in ("first", "first", "second"):
+        with pytest.raises(KeyboardInterrupt):
+            run(trainer(), dataset, path, at_once, commit=commit)
+    assert load_checkpoint(path, trainer()).commits == ["first", "second"]
 
 
 def test_a_signal_during_a_step_does_not_cut_it(trainer, dataset, tmp_path, no_escape):

@@ -268,6 +268,12 @@ def test_normals_angle(degrees, length):
     assert metric.compute()["mean_error"] == pytest.approx(degrees, rel=1e-5, abs=1e-5)
 
 
+def test_no_direction_is_not_the_right_one():
+    metric = NormalsError()
+    metric.update(torch.zeros(1, 3, 1, 1), torch.tensor([0.0, 0, 1]).view(1, 3, 1, 1))
+    assert metric.compute()["mean_error"] == 90
+
+
 def test_normals_mean_is_over_pixels_not_images():
     metric = NormalsError()
     up = torch.tensor([0.0, 0, 1]).view(1, 3, 1, 1)
