@@ -129,7 +129,8 @@ def run(
     given = {
         "methods": methods, "backbone": backbone, "dataset": dataset, "tasks": tasks, "protocol": protocol,
         "decoder": decoder, "recipe": recipe, "backbone_factor": backbone_factor, "image_size": image_size,
-        "batch_size": batch_size, "epochs": epochs, "steps": steps, "precision": precision, "memory": memory, "seeds": seeds, "weights": weights,
+        "batch_size": batch_size, "epochs": epochs, "steps": steps, "precision": precision, "memory": memory,
+        "seeds": seeds, "weights": weights,
         "limit_train": limit_train, "limit_val": limit_val, "eval_size": eval_size,
     }  # fmt: skip
     flags = {"skip_bad": skip_bad, "cudnn_benchmark": cudnn_benchmark, "shuffle_labels": shuffle_labels}

@@ -304,10 +304,11 @@ def test_two_sweeps_at_once_share_the_trials(tmp_path):
 
 def test_seeds_at_different_rates_are_marked(tmp_path):
     for seed, rate in enumerate((1e-3, 1e-2)):
-        each = {"rate": rate, "tried": [{"rate": rate, "status": "ok", "score": 1.0}]}
+        each = {"rate": rate, "tried": [{"rate": rate, "status": "ok", "score": 1.0, "commits": [str(seed) * 40]}]}
         make.make(tmp_path, "ours", recipe=make.recipe(optimizer={"name": "adamw"}, tune=TUNE), seed=seed, tuned=each)
     shown = " ".join(make.report(tmp_path).split())
     assert "seeds of ours were trained at different learning rates: 0.001, 0.01" in shown
+    assert "rows come from different commits: 0000000000, 1111111111" in shown  # of their trials
 
 
 def test_mixing_one_setting_keeps_its_rates(tuned):
