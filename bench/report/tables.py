@@ -173,7 +173,22 @@ def measured_row(group: Group, records: Sequence[Record], against: Baseline) -> 
         row |= {headline(task): figures[task].mean(), interval(headline(task)): half_width(figures[task])}
     still = sorted({task for record in records if record.status == "ok" for task in not_fallen(record)})
     told = f"the training loss did not fall in {', '.join(TASKS[task].title for task in still)}" if still else ""
-    return row | _parameters(group, records) | {NOTE: "; ".join(filter(None, [row[NOTE], told]))}
+    notes = [row[NOTE], told, hinge(figures.mean().to_dict(), against)]
+    return row | _parameters(group, records) | {NOTE: "; ".join(filter(None, notes))}
+
+
+def hinge(figures: Mapping[str, float], against: Baseline, least: float = 0.5) -> str:
+    """The task, if there is one, without which Delta-m has the other sign (both at least `least` percent): then the row
+    is better or worse than the baseline by that task alone, which may say more of the baseline. Else nothing."""
+    value, _ = _delta(figures, against)
+    if len(figures) < 3 or pd.isna(value):
+        return ""
+    for task in figures:
+        rest = {other: figure for other, figure in figures.items() if other != task}
+        without = delta_m(rest, {other: against.figures[other] for other in rest})
+        if without * value < 0 and min(abs(without), abs(value)) >= least:
+            return f"without {TASKS[task].title} its Δm would be {without:+.2f}"
+    return ""
 
 
 def not_fallen(record: Record, least: int = 20) -> list[str]:

@@ -264,6 +264,22 @@ def test_a_failed_seed_is_told_and_not_averaged(tmp_path):
     assert (row["SemSeg mIoU (%) ↑"], row["Seeds"], row["Note"]) == (50.0, 1, "1 of 2 seeds diverged")
 
 
+@pytest.mark.parametrize(
+    ("depth", "told"),
+    # Semantic segmentation and normals are 2 % worse; Δm is the mean of that, twice, and the gain in depth.
+    [
+        (0.9, "without Depth its Δm would be -2.00"),  # +10 %: +2.00
+        (0.96, ""),  # +4 %: 0.00
+        (1.0, ""),  # worse in all: -1.33
+    ],
+)
+def test_a_delta_m_that_hinges_on_one_task_is_told(tmp_path, depth, told):
+    make(tmp_path, "single_task_full", {"semseg": 50.0, "normals": 20.0, "depth": 1.0})
+    make(tmp_path, "ours", {"semseg": 49.0, "normals": 20.4, "depth": depth})
+    notes = measured(tables.accuracy_table(only(tmp_path)))["Note"]
+    assert dict(notes) == {"Single-task full fine-tuning": "", "Ours": told}
+
+
 def test_a_training_loss_that_did_not_fall_is_told(tmp_path):
     def history(semseg):
         return [{"step": i + 1, "loss/semseg": value, "loss/normals": 1 - i / 100} for i, value in enumerate(semseg)]
