@@ -52,12 +52,6 @@ def run(
     recipe: Annotated[
         str | None, typer.Option(help="A recipe's name or a path to a YAML file. (default: quick)")
     ] = None,
-    backbone_factor: Annotated[
-        float | None,
-        typer.Option(
-            min=1e-6, max=1, help="Share of the rate for a backbone that is trained whole. (default: the recipe's)"
-        ),
-    ] = None,
     suite: Annotated[
         str | None, typer.Option(help="A named grid of cells; other options override its settings.")
     ] = None,
@@ -128,9 +122,8 @@ def run(
     console = Console()
     given = {
         "methods": methods, "backbone": backbone, "dataset": dataset, "tasks": tasks, "protocol": protocol,
-        "decoder": decoder, "recipe": recipe, "backbone_factor": backbone_factor, "image_size": image_size,
-        "batch_size": batch_size, "epochs": epochs, "steps": steps, "precision": precision, "memory": memory,
-        "seeds": seeds, "weights": weights,
+        "decoder": decoder, "recipe": recipe, "image_size": image_size, "batch_size": batch_size, "epochs": epochs,
+        "steps": steps, "precision": precision, "memory": memory, "seeds": seeds, "weights": weights,
         "limit_train": limit_train, "limit_val": limit_val, "eval_size": eval_size,
     }  # fmt: skip
     flags = {"skip_bad": skip_bad, "cudnn_benchmark": cudnn_benchmark, "shuffle_labels": shuffle_labels}

@@ -41,7 +41,6 @@ class Settings(BaseModel):
     protocol: str = "published"
     decoder: str | None = None
     recipe: str = "quick"
-    backbone_factor: Annotated[float | None, Field(gt=0, le=1)] = None
     image_size: str | int | None = None
     batch_size: Positive | None = None
     epochs: Positive | None = None
@@ -115,8 +114,6 @@ def jobs(
     settings = _settings(suite, given)
     one_of("cache", cache, ("none", "ram", "disk"))
     recipe = recipes.load(settings.recipe)
-    if settings.backbone_factor is not None:
-        recipe = recipe.with_backbone_factor(settings.backbone_factor)
     seeds = _seeds(str(settings.seeds))
     if settings.shuffle_labels and _length(settings, recipe)[1] == 0:
         raise BenchError("--shuffle-labels says nothing where nothing is trained (--steps 0)")

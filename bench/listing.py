@@ -53,8 +53,10 @@ def _options(kind: type) -> str:
     shown = []
     for field in dataclasses.fields(kind):
         value = "on" if field.default is True else "off" if field.default is False else field.default
-        others = [c for c in typing.get_args(hints[field.name]) if c != value]
-        shown.append(f"{field.name}={value}" + (f" (or {', '.join(others)})" if others else ""))
+        others = [c for c in typing.get_args(hints[field.name]) if isinstance(c, str) and c != value]
+        shown.append(
+            field.name + ("" if value is None else f"={value}") + (f" (or {', '.join(others)})" * bool(others))
+        )
     return escape(f"[{', '.join(shown)}]") if shown else ""
 
 
@@ -91,6 +93,4 @@ def _suites() -> typing.Iterator[tuple[str, ...]]:
     for name in resources.names("suites"):
         suite = grid.load_suite(name)
         where = suite.settings.backbone.replace(",", ", ")
-        factor = suite.settings.backbone_factor
-        slowed = f"; times {factor:g} in a backbone trained whole" if factor else ""
-        yield name, suite.title, _dim(suite.source), escape(f"{suite.settings.methods} on {where}{slowed}")
+        yield name, suite.title, _dim(suite.source), escape(f"{suite.settings.methods} on {where}")

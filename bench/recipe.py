@@ -19,7 +19,8 @@ class Strict(BaseModel):
 class Optimizer(Strict):
     """`backbone_factor`: where the whole backbone is trained, its parameters learn at this share of the rate (DETR,
     Carion et al., 2020, has 0.1): one rate rarely suits both them and a decoder that starts from nothing. Methods that
-    train a part of it, biases say, are not concerned; they want the rate of what is new."""
+    train a part of it, biases say, are not concerned; they want the rate of what is new. What suits one backbone need
+    not suit another: the methods concerned have an option of this name that goes before."""
 
     name: Literal["adamw", "adam", "sgd"]
     lr: Positive | None = None  # None where the recipe tunes it
@@ -132,11 +133,6 @@ class Recipe(Strict):
     def with_rate(self, rate: float) -> Recipe:
         """The same with this learning rate, and nothing left to tune."""
         return self.model_copy(update={"optimizer": self.optimizer.model_copy(update={"lr": rate}), "tune": None})
-
-    def with_backbone_factor(self, factor: float) -> Recipe:
-        """The same with this share of the rate for a backbone that is trained whole: what suits one kind of backbone
-        need not suit another."""
-        return self.model_copy(update={"optimizer": self.optimizer.model_copy(update={"backbone_factor": factor})})
 
     def untuned(self) -> Recipe:
         """For measuring steps whose outcome does not matter: a recipe that tunes with its middle rate."""

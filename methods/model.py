@@ -75,7 +75,8 @@ class MultiTaskModel(nn.Module):
     nn.ParameterDict keyed by task): the ledger reads that off. `independent` says that no parameter is shared
     between tasks, so that each task is a training run of its own (its gradients are clipped apart). `prepare` is for
     a method that looks at training data before it trains: it gets the losses by task of one batch after the other,
-    with their graph, and returns what the record should keep, as JSON holds it.
+    with their graph, and returns what the record should keep, as JSON holds it. `backbone_factor`, for models that
+    train the whole backbone: its share of the learning rate, where it is not to be the recipe's.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class MultiTaskModel(nn.Module):
         tasks: Mapping[str, int],
         independent: bool = False,
         prepare: Prepare | None = None,
+        backbone_factor: float | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -92,6 +94,7 @@ class MultiTaskModel(nn.Module):
         self.tasks = dict(tasks)
         self.independent = independent
         self.prepare = prepare
+        self.backbone_factor = backbone_factor
 
     def forward(self, image: Tensor, upsample: bool = True) -> dict[str, Tensor]:
         """`upsample=False` gives the logits at the decoder's own resolution, for losses taken task by task."""

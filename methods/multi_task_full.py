@@ -7,20 +7,32 @@ decoders of 256 channels (the ledger's decoder B).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from methods.backbones.base import Backbone
 from methods.decoder import DECODERS, segformer
 from methods.layers.encoders import SharedEncoder
 from methods.model import MultiTaskModel, Setting
-from methods.registry import Method, NoOptions, register
+from methods.registry import Method, register
 
 
-def build(backbone: Backbone, tasks: Mapping[str, int], options: NoOptions, setting: Setting) -> MultiTaskModel:
+@dataclass(frozen=True)
+class Options:
+    """`backbone_factor`: the backbone's parameters learn at this share of the recipe's rate, not at the recipe's own."""
+
+    backbone_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.backbone_factor is not None and not 0 < self.backbone_factor <= 1:
+            raise ValueError(f"backbone_factor must be above 0 and at most 1, not {self.backbone_factor:g}")
+
+
+def build(backbone: Backbone, tasks: Mapping[str, int], options: Options, setting: Setting) -> MultiTaskModel:
     if setting.decoder_name("segformer") == "segformer" and not setting.equal:
         decoder = segformer(tasks, backbone.channels, norms="shared")
     else:
         decoder = DECODERS[setting.decoder_name("segformer")](tasks, backbone.channels)
-    return MultiTaskModel(SharedEncoder(backbone, tasks), decoder, tasks)
+    return MultiTaskModel(SharedEncoder(backbone, tasks), decoder, tasks, backbone_factor=options.backbone_factor)
 
 
 register(
@@ -29,6 +41,7 @@ register(
         title="Multi-task full fine-tuning",
         family="fine-tuning",
         citation="",
+        options=Options,
         build=build,
         starts_pretrained=True,
         trains_backbone=True,

@@ -13,6 +13,7 @@ import math
 import pkgutil
 import re
 import traceback
+import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -179,12 +180,18 @@ def get(name: str) -> Method:
 
 def parse(text: str) -> list[Configured]:
     """Expand a comma-separated list of expressions and grids, e.g. `ours[r=2|4],mtlora`; `all` is every method
-    that has a name of its own, so none of a prefix.
+    that has a name of its own, so none of a prefix, and `-NAME` takes a method out of what stands before it.
 
     Raises MethodError for bad syntax, an unknown method, option or value.
     """
     chosen: dict[str, Configured] = {}
     for part in _split(text):
+        if part.startswith("-"):
+            without = {key: c for key, c in chosen.items() if c.method.name != get(part[1:]).name}
+            if len(without) == len(chosen):
+                raise MethodError(f"{part} takes nothing out: {part[1:]} is not among the methods before it")
+            chosen = without
+            continue
         for configured in (
             [Configured(m, m.options()) for m in all_methods().values()] if part == "all" else _expand(part)
         ):
@@ -215,9 +222,9 @@ def _expand(text: str) -> list[Configured]:
             known = ", ".join(fields) or "none"
             raise MethodError(f"{method.name} has no option {name!r}{near(name, fields)}; its options: {known}")
         if not equals or not values:
-            raise MethodError(
-                f"option {name!r} of {method.name} needs a value, e.g. {name}={_show(fields[name].default)}"
-            )
+            default = fields[name].default
+            example = "" if default is None else f", e.g. {name}={_show(default)}"
+            raise MethodError(f"option {name!r} of {method.name} needs a value{example}")
         if name in grid:
             raise MethodError(f"option {name!r} of {method.name} is given twice; for a grid write {name}=1|2")
         hint = typing.get_type_hints(method.options)[name]
@@ -232,6 +239,8 @@ def _expand(text: str) -> list[Configured]:
 
 
 def _convert(text: str, hint: Any, where: str) -> Any:
+    if isinstance(hint, types.UnionType):  # X | None
+        (hint,) = (kind for kind in typing.get_args(hint) if kind is not types.NoneType)
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         if text not in choices:

@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from methods.backbones.base import Backbone
 from methods.layers.encoders import PerTaskEncoder, with_decoder
 from methods.model import MultiTaskModel, Setting
-from methods.registry import Method, NoOptions, register
+from methods.multi_task_full import Options
+from methods.registry import Method, register
 
 
-def build(backbone: Backbone, tasks: Mapping[str, int], options: NoOptions, setting: Setting) -> MultiTaskModel:
+def build(backbone: Backbone, tasks: Mapping[str, int], options: Options, setting: Setting) -> MultiTaskModel:
     encoder = PerTaskEncoder({task: copy.deepcopy(backbone) for task in tasks})
-    return with_decoder(encoder, backbone, tasks, setting, independent=True)
+    factor = options.backbone_factor
+    return with_decoder(encoder, backbone, tasks, setting, independent=True, backbone_factor=factor)
 
 
 register(
@@ -26,6 +28,7 @@ register(
         title="Single-task full fine-tuning",
         family="fine-tuning",
         citation="reference of equation 13",
+        options=Options,
         build=build,
         starts_pretrained=True,
         trains_backbone=True,

@@ -82,17 +82,6 @@ def test_numbers_are_the_recipes_then_the_suites_then_the_command_lines(recipe, 
     assert (getattr(of_suite.spec, key), getattr(given.spec, key)) == (4, 2)
 
 
-def test_the_backbones_share_of_the_rate_is_the_recipes_then_the_suites_then_the_command_lines(recipe, suite):
-    mine = recipe(optimizer={"name": "sgd", "lr": 0.01, "backbone_factor": 0.5})
-    base = SMALL | {"recipe": mine, "tasks": "depth"}
-    factor = lambda job: job.spec.recipe.optimizer.backbone_factor  # noqa: E731
-    settings = suite(**base, backbone_factor=0.25)
-    found = [jobs(None, **base), jobs(settings), jobs(settings, backbone_factor=0.1)]
-    assert [factor(job) for (job,) in found] == [0.5, 0.25, 0.1]
-    (same,), (as_recipe,) = jobs(settings, backbone_factor=0.5), jobs(None, **base)
-    assert same.spec.hash == as_recipe.spec.hash != found[1][0].spec.hash
-
-
 def test_what_the_command_line_gives_replaces_a_suites_settings(suite):
     settings = suite(**SMALL | {"methods": "ours", "seeds": "0,1"})
     assert [job.spec.method for job in jobs(settings)] == ["bdta_mote"] * 2
@@ -157,11 +146,8 @@ def test_a_recipe_without_a_weight_for_a_task_is_refused(recipe):
 
 @pytest.mark.parametrize(
     "key, value",
-    [
-        ("batch_size", -1), ("batch_size", 0), ("limit_train", -5), ("limit_val", 0), ("steps", -5), ("epochs", 0),
-        ("backbone_factor", 0), ("backbone_factor", 2),
-    ],
-)  # fmt: skip
+    [("batch_size", -1), ("batch_size", 0), ("limit_train", -5), ("limit_val", 0), ("steps", -5), ("epochs", 0)],
+)
 def test_a_number_of_a_suite_that_makes_no_sense_is_one_line(suite, key, value):
     with pytest.raises(BenchError, match=key) as error:
         jobs(suite(**SMALL, **{key: value}))

@@ -160,7 +160,9 @@ def rates_sheet(group: Group, table: pd.DataFrame) -> Sheet:
     ]
     factor = group.spec.recipe.optimizer.backbone_factor
     if factor != 1:
-        notes.append(f"Full fine-tuning trains the backbone's own parameters at {factor:g} of the rate.")
+        notes.append(
+            f"A backbone that is trained whole learns at {factor:g} of the rate, unless its row says otherwise."
+        )
     return _sheet(table, views, notes)
 
 

@@ -56,7 +56,8 @@ def make_optimizer(model: MultiTaskModel, recipe: Recipe, batch_size: int) -> to
     of the backbone, so that the first group's rate is the recipe's own."""
     settings = recipe.optimizer
     lr = settings.lr * (batch_size / settings.base_batch_size if settings.base_batch_size else 1)
-    slowed = model.pretrained() if settings.backbone_factor != 1 and model.trains_whole_backbone() else set()
+    factor = model.backbone_factor or settings.backbone_factor
+    slowed = model.pretrained() if factor != 1 and model.trains_whole_backbone() else set()
     found: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -65,7 +66,7 @@ def make_optimizer(model: MultiTaskModel, recipe: Recipe, batch_size: int) -> to
     groups = [
         {
             "params": parameters,
-            "lr": lr * (settings.backbone_factor if slow else 1),
+            "lr": lr * (factor if slow else 1),
             "weight_decay": 0.0 if exempt else settings.weight_decay,
         }
         for (slow, exempt), parameters in sorted(found.items(), key=lambda item: item[0])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -140,7 +140,7 @@ def selected_encoder(
 
 
 def with_decoder(
-    encoder: nn.Module, backbone: Backbone, tasks: Mapping[str, int], setting: Setting, **options: bool
+    encoder: nn.Module, backbone: Backbone, tasks: Mapping[str, int], setting: Setting, **options: Any
 ) -> MultiTaskModel:
     """An encoder that gives the backbone's own stage outputs, and the SegFormer decoder of the Polyhistor table."""
     decoder = DECODERS[setting.decoder_name("segformer")](tasks, backbone.channels)

@@ -44,6 +44,9 @@ def clean_registry(monkeypatch):
             "ours[r=2|4,direction=g2t|t2g]",
             [f"bdta_mote[{r}direction={d}]" for r in ("r=2,", "") for d in ("g2t", "t2g")],
         ),
+        ("ours,mtlora,ours[r=2],-ours", ["mtlora"]),
+        ("ours,-bdta_mote,ours[r=2]", ["bdta_mote[r=2]"]),
+        ("multi_task_full[backbone_factor=0.50]", ["multi_task_full[backbone_factor=0.5]"]),
         ("ours[r=2,mote=off],mtlora[rank=16|32]", ["bdta_mote[r=2,mote=off]", "mtlora[rank=16]", "mtlora[rank=32]"]),
     ],
 )
@@ -55,6 +58,7 @@ def test_all_is_every_method_by_name():
     assert canonical("all") == sorted(all_methods()) == list(all_methods())
     assert canonical("mtlora,all,ours[r=2]")[0] == "mtlora"
     assert set(canonical("mtlora,all,ours[r=2]")) == {*all_methods(), "bdta_mote[r=2]"}
+    assert set(canonical("all,-mtlora")) == {*all_methods()} - {"mtlora"}
 
 
 @pytest.mark.parametrize("text", ["ours", "ours[r=8,mote=off]", "mtlora[rank=16,scale=0.5,dropout=0.1234567]"])
@@ -100,6 +104,13 @@ def test_aliases_lead_to_the_method():
         ("mtlora[task_rank=0]", r"mtlora: task_rank must be at least 1, not 0"),
         ("mtlora[dropout=1]", r"mtlora: dropout must be in \[0, 1\), not 1"),
         ("mtlora[dropout=nan]", r"is not a finite number"),
+        ("single_task_full[backbone_factor=2]", r"backbone_factor must be above 0 and at most 1, not 2"),
+        ("single_task_full[backbone_factor=0]", r"backbone_factor must be above 0 and at most 1, not 0"),
+        ("single_task_full[backbone_factor=x]", r"'x' is not a valid float"),
+        ("single_task_full[backbone_factor]", r"option 'backbone_factor' of single_task_full needs a value$"),
+        ("ours,-mtlora", r"-mtlora takes nothing out: mtlora is not among the methods before it"),
+        ("ours,-mtlor", r"unknown method 'mtlor' \(did you mean 'mtlora'\?\)"),
+        ("ours,-ours", r"no method given"),
         ("lora[rank=0]", r"lora: rank must be at least 1, not 0"),
         ("vpt_deep[prompts=0]", r"vpt_deep: prompts must be at least 1, not 0"),
         ("vmt_adapter[s=1]", r"vmt_adapter: s must be between 0 and 1, not 1"),

@@ -167,6 +167,20 @@ def test_a_backbone_that_is_trained_whole_learns_at_its_share_of_the_rate(build,
     assert sorted(held) == sorted({id(p) for p in model.parameters() if p.requires_grad})
 
 
+@pytest.mark.parametrize("name", ["multi_task_full", "single_task_full"])
+@pytest.mark.parametrize(
+    ("own", "of_recipe", "expected"), [(None, 0.1, 0.1), (0.5, 0.1, 0.5), (1, 0.1, 1), (0.5, 1, 0.5)]
+)
+def test_a_methods_own_share_of_the_rate_goes_before_the_recipes(build, name, own, of_recipe, expected):
+    model = build(name if own is None else f"{name}[backbone_factor={own}]", size=SIZE)
+    settings = Optimizer(name="sgd", lr=0.3, backbone_factor=of_recipe)
+    groups = make_optimizer(model, recipe(optimizer=settings), 2).param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    pretrained = model.pretrained()
+    for parameter, p in model.named_parameters():
+        assert rates[id(p)] == pytest.approx(0.3 * (expected if parameter in pretrained else 1)), parameter
+
+
 def test_the_rates_of_all_groups_follow_the_schedule(trainer):
     settings = Optimizer(name="sgd", lr=0.3, backbone_factor=0.1)
     trainer = trainer("multi_task_full", total=10, optimizer=settings)
