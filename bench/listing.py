@@ -54,9 +54,8 @@ def _options(kind: type) -> str:
     for field in dataclasses.fields(kind):
         value = "on" if field.default is True else "off" if field.default is False else field.default
         others = [c for c in typing.get_args(hints[field.name]) if isinstance(c, str) and c != value]
-        shown.append(
-            field.name + ("" if value is None else f"={value}") + (f" (or {', '.join(others)})" * bool(others))
-        )
+        default = "" if value is None else f"={value}"
+        shown.append(field.name + default + (f" (or {', '.join(others)})" if others else ""))
     return escape(f"[{', '.join(shown)}]") if shown else ""
 
 

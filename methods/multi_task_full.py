@@ -18,7 +18,7 @@ from methods.registry import Method, register
 
 @dataclass(frozen=True)
 class Options:
-    """`backbone_factor`: the backbone's parameters learn at this share of the recipe's rate, not at the recipe's own."""
+    """`backbone_factor`: the backbone's parameters learn at this share of the rate, in place of the recipe's."""
 
     backbone_factor: float | None = None
 
