@@ -31,7 +31,10 @@ app.add_typer(cli_data.app, name="data")
 @one_line_errors
 def run(
     methods: Annotated[
-        str | None, typer.Option(help="Expressions, e.g. 'ours,mtlora\\[rank=16]', grids 'ours\\[r=2|4|8]', or 'all'.")
+        str | None,
+        typer.Option(
+            help="Expressions, e.g. 'ours,mtlora\\[rank=16]', grids 'ours\\[r=2|4|8]', 'all', or 'all,-lora'."
+        ),
     ] = None,
     backbone: Annotated[
         str | None, typer.Option(help="Short or timm names, comma-separated. (default: swin_tiny)")
