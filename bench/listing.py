@@ -54,6 +54,7 @@ def _options(kind: type) -> str:
     for field in dataclasses.fields(kind):
         value = "on" if field.default is True else "off" if field.default is False else field.default
         others = [c for c in typing.get_args(hints[field.name]) if isinstance(c, str) and c != value]
+        value = field.metadata.get("default", value)  # in words, where the value itself says nothing
         default = "" if value is None else f"={value}"
         shown.append(field.name + default + (f" (or {', '.join(others)})" if others else ""))
     return escape(f"[{', '.join(shown)}]") if shown else ""

@@ -7,7 +7,7 @@ decoders of 256 channels (the ledger's decoder B).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from methods.backbones.base import Backbone
 from methods.decoder import DECODERS, segformer
@@ -20,7 +20,7 @@ from methods.registry import Method, register
 class Options:
     """`backbone_factor`: the backbone's parameters learn at this share of the rate, in place of the recipe's."""
 
-    backbone_factor: float | None = None
+    backbone_factor: float | None = field(default=None, metadata={"default": "the recipe's"})
 
     def __post_init__(self) -> None:
         if self.backbone_factor is not None and not 0 < self.backbone_factor <= 1:

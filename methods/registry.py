@@ -187,6 +187,8 @@ def parse(text: str) -> list[Configured]:
     chosen: dict[str, Configured] = {}
     for part in _split(text):
         if part.startswith("-"):
+            if not re.fullmatch(r"[\w:.-]+", part[1:]) or part == "-all":
+                raise MethodError(f"{part}: write -NAME, which takes a method out with all its options")
             without = {key: c for key, c in chosen.items() if c.method.name != get(part[1:]).name}
             if len(without) == len(chosen):
                 raise MethodError(f"{part} takes nothing out: {part[1:]} is not among the methods before it")
@@ -197,7 +199,8 @@ def parse(text: str) -> list[Configured]:
         ):
             chosen.setdefault(configured.expression, configured)
     if not chosen:
-        raise MethodError("no method given; e.g. --methods ours,mtlora")
+        left = f"{text!r} takes out every method" if "-" in text else "no method given"
+        raise MethodError(f"{left}; e.g. --methods ours,mtlora")
     return list(chosen.values())
 
 

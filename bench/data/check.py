@@ -75,7 +75,9 @@ def inspect(card: Card, root: Path, name: str, tasks: Sequence[str]) -> Sample:
         except BenchError as error:
             found.problems.append(str(error))
             continue
-        if found.size and label.shape[:2] != found.size:
+        if not found.size:
+            continue  # its area, which shares are taken of, is not known
+        if label.shape[:2] != found.size:
             found.problems.append(f"{path}: label is {label.shape[:2]}, its image {found.size} (height, width)")
             continue
         valid = label.any(-1) if task == "normals" else label > 0 if task == "depth" else label != decode.IGNORE

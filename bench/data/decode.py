@@ -163,7 +163,8 @@ def _read_npy(path: Path) -> np.ndarray:
     except FileNotFoundError as error:
         raise BenchError(f"missing file {path}") from error
     except Exception as error:  # a damaged header is parsed as Python, and fails in all its ways
-        raise BenchError(f"cannot read array {path}: {first_line(error)}") from error
+        reason = "no .npy array, or one of Python objects" if "pickle" in str(error) else first_line(error)
+        raise BenchError(f"cannot read array {path}: {reason}") from error
 
 
 def _classes(raw: np.ndarray, card: TaskCard, path: Path) -> np.ndarray:

@@ -104,7 +104,7 @@ def _page(
     records = sum(len(group.found) for group in groups)
     marks = list(dict.fromkeys(mark for group in groups for mark in group.marks))
     against = "Δm is against the single-task baseline."
-    if reference is not None:
+    if reference is not None and not reference.startswith(tables.BASELINE):
         against = f"Δm of measured rows is against {reference}, NOT the single-task baseline."
     printed = ""
     if any(row["status"] == "published" for row in rows):

@@ -253,9 +253,11 @@ def _unranked(line: Line) -> Line:
 def _against(group: Group, reference: str | None) -> str:
     """What Delta-m is taken against, in words."""
     base = tables.baseline(group, reference)
-    if reference is not None:
+    if reference is not None and not reference.startswith(tables.BASELINE):
         return f"against {base.title}, NOT the single-task baseline"
     if base.figures is None and group.trained:
+        if not base.note.startswith(tables.NO_BASELINE):
+            return base.note
         return f"{base.note} in this setting; run the method {tables.BASELINE}, or choose another with --reference"
     return f"against {base.title}"
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from bench.record import Record
 from bench.report import published, tables
 from bench.report.groups import Group
 from bench.tasks import TASKS
@@ -159,11 +160,15 @@ def rates_sheet(group: Group, table: pd.DataFrame) -> Sheet:
         "not looked at."
     ]
     factor = group.spec.recipe.optimizer.backbone_factor
-    if factor != 1:
+    if factor != 1 and any(_trained_whole(item.record) for item in group.found):
         notes.append(
             f"A backbone that is trained whole learns at {factor:g} of the rate, unless its row says otherwise."
         )
     return _sheet(table, views, notes)
+
+
+def _trained_whole(record: Record) -> bool:
+    return record.method.family == "fine-tuning" and bool(record.parameters and record.parameters.backbone)
 
 
 def _delta() -> View:

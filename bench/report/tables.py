@@ -96,15 +96,18 @@ def has_reference(group: Group, reference: str) -> bool:
 def baseline(group: Group, reference: str | None = None) -> Baseline:
     """The single-task baseline of the same group, or `reference` (a method expression or name) in its place.
 
-    Raises BenchError where a reference name stands for several methods of the group.
+    Where the group has several single-task baselines and none is asked for there is none: which of them it is decides
+    every Delta-m. Raises BenchError where a reference name stands for several methods of the group.
     """
     wanted = reference or BASELINE
     missing = NO_BASELINE if reference is None else f"no {reference} here"
     named = [records for records in group.methods() if wanted in (records[0].method.name, *records[0].method.aliases)]
     exact = [records for records in group.methods() if records[0].spec.method == wanted]
-    chosen = exact or named
+    chosen = (exact or named) if reference else named
     if len(chosen) > 1:
         several = ", ".join(records[0].spec.method for records in chosen)
+        if reference is None:
+            return Baseline(wanted, None, f"several single-task baselines, {several}: choose one with --reference")
         raise BenchError(f"{wanted!r} stands for several methods: {several}; choose one with --reference")
     title = chosen[0][0].method.title if chosen else wanted
     if not group.trained:

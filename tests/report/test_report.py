@@ -150,6 +150,19 @@ def test_another_reference_is_marked(tmp_path):
     assert "NOT the single-task" not in report(tmp_path)
 
 
+def test_of_several_single_task_baselines_none_is_taken_unasked(tmp_path):
+    make(tmp_path, "single_task_full", {"semseg": 50.0})
+    make(tmp_path, "single_task_full[backbone_factor=0.1]", {"semseg": 40.0})
+    make(tmp_path, "ours", {"semseg": 55.0})
+    row = measured(tables.accuracy_table(only(tmp_path))).loc["Ours"]
+    assert pd.isna(row["Delta-m (%)"]) and "several single-task baselines" in row["Delta-m note"]
+    assert "choose one with --reference" in " ".join(report(tmp_path).split())
+    for reference, gain in (("single_task_full", 10.0), ("single_task_full[backbone_factor=0.1]", 37.5)):
+        row = measured(tables.accuracy_table(only(tmp_path), reference)).loc["Ours"]
+        assert row["Delta-m (%)"] == pytest.approx(gain)
+        assert "NOT the single-task" not in report(tmp_path, reference)
+
+
 def test_unknown_or_ambiguous_reference_names_the_candidates(tmp_path):
     make(tmp_path, "ours[r=2]")
     make(tmp_path, "ours[r=8]")
