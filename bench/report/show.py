@@ -46,9 +46,8 @@ def resolve(name: str, folder: Path) -> Path:
         raise BenchError(f"no such file: {name}; give a record's JSON file or the beginning of its hash")
     paths = [path for path in sorted(folder.rglob("*.json")) if name and path.stem.startswith(name)]
     if not paths:
-        raise BenchError(
-            f"no record whose hash begins with {name!r} in {folder}; the report's CSV files list them, --folder names another folder"
-        )
+        where = "the report's CSV files list them, --folder names another folder"
+        raise BenchError(f"no record whose hash begins with {name!r} in {folder}; {where}")
     if len(paths) > 1:
         several = ", ".join(str(path.relative_to(folder)) for path in paths[:5])
         raise BenchError(f"{name!r} stands for {len(paths)} records, among them {several}; give more of the name")
