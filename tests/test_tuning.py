@@ -311,6 +311,15 @@ def test_seeds_at_different_rates_are_marked(tmp_path):
     assert "rows come from different commits: 0000000000, 1111111111" in shown  # of their trials
 
 
+@pytest.mark.parametrize(("method", "backbone", "told"), [("single_task_full", 7, True), ("ours", 0, False)])
+def test_the_backbones_share_is_told_where_a_backbone_is_trained_whole(tmp_path, method, backbone, told):
+    slowed = make.recipe(optimizer={"name": "adamw", "backbone_factor": 0.1}, tune=TUNE)
+    counts = dict.fromkeys(("total", "trainable", "adaptation", "decoder", "shared", "per_task"), 9)
+    tried = {"rate": 1e-3, "tried": [{"rate": 1e-3, "status": "ok", "score": 1.0}]}
+    make.make(tmp_path, method, recipe=slowed, tuned=tried, parameters=counts | {"backbone": backbone})
+    assert ("trained whole learns at 0.1 of the rate" in " ".join(make.report(tmp_path).split())) == told
+
+
 def test_mixing_one_setting_keeps_its_rates(tuned):
     assert "Learning rates" in bench("report", tuned["out"], "--mix").output
 

@@ -59,6 +59,15 @@ def test_counts_by_hand(own):
     assert not summary.problems
 
 
+def test_labels_of_an_unreadable_image_are_in_no_share(own):
+    card = cards.load(str(own / "own.yaml"))
+    (own / card.image.format(id="a")).write_bytes(b"")
+    summary = Summary()
+    for name in "ab":
+        summary.add(inspect(card, own, name, ("semseg",)))
+    assert (summary.pixels, summary.labelled) == (48, {"semseg": 42}) and len(summary.problems) == 1
+
+
 def test_a_good_folder(own):
     done = run(own)
     assert done.exit_code == 0 and "all files are readable and fit the card" in done.output
