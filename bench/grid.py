@@ -73,10 +73,8 @@ def load_suite(name: str) -> Suite:
 
 @dataclass(frozen=True)
 class Data:
-    """What the cells of a run read, settled once for all of them."""
+    """Which samples the cells of a run read, settled once for all of them."""
 
-    card: Card
-    tasks: tuple[str, ...]
     fingerprint: str
     limit_train: int | None
     limit_val: int | None
@@ -117,9 +115,12 @@ def jobs(
     seeds = _seeds(str(settings.seeds))
     if settings.shuffle_labels and _length(settings, recipe)[1] == 0:
         raise BenchError("--shuffle-labels says nothing where nothing is trained (--steps 0)")
-    data = _data(settings, recipe, data_root, read, tell)
-    size = parse_size(settings.image_size) or recipe.image_size or data.card.image_size
     epochs, steps = _length(settings, recipe)
+    card, tasks = _card(settings, recipe)
+    if steps != 0:
+        for split in ("train", "val"):
+            cards.ids(card, split, data_root)  # raises where the folder or a list is missing
+    size = parse_size(settings.image_size) or recipe.image_size or card.image_size
 
     # Only now the slow imports: whatever is wrong above is said at once.
     place = resolve_device(device, settings.precision)
@@ -129,20 +130,24 @@ def jobs(
     from methods.registry import parse
 
     configured = parse(settings.methods)
-    cells = []
+    built = {}
     for backbone in dict.fromkeys(backbones.full_name(short.strip()) for short in settings.backbone.split(",")):
         weights = backbones.resolve_weights(settings.weights, backbone)
         if weights.path:
             # The weights of another model are refused here, once, and not by each cell.
             backbones.load_backbone(backbone, size, weights)
-        fitting = _buildable(configured, backbone, size, data, settings, tell)
+        built[backbone] = weights, _buildable(configured, backbone, size, card.channels(tasks), settings, tell)
+    # Last, because it takes longest: with `read`, every file is opened.
+    data = _data(settings, recipe, card, tasks, data_root, read, tell)
+    cells = []
+    for backbone, (weights, fitting) in built.items():
         for method, seed in itertools.product(fitting, seeds):
             spec = RunSpec(
                 method=method.expression,
                 backbone=backbone,
-                dataset=data.card.name,
+                dataset=card.name,
                 data_fingerprint=data.fingerprint,
-                tasks=data.tasks,
+                tasks=tasks,
                 protocol=settings.protocol,
                 decoder=settings.decoder,
                 recipe_name=Path(settings.recipe).stem,
@@ -198,18 +203,29 @@ def _settings(suite: str | None, given: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def _data(
-    settings: Settings, recipe: recipes.Recipe, root: Path | None, read: bool, tell: Callable[[str], None]
-) -> Data:
+def _card(settings: Settings, recipe: recipes.Recipe) -> tuple[Card, tuple[str, ...]]:
+    """The dataset's card and the tasks that are trained."""
     card = cards.load(settings.dataset)
     tasks = cards.choose_tasks(card, settings.tasks)
     unweighted = [task for task in tasks if task not in recipe.loss_weights]
     if unweighted:
         raise BenchError(f"recipe {settings.recipe} has no loss weight for {', '.join(unweighted)}")
+    return card, tasks
+
+
+def _data(
+    settings: Settings,
+    recipe: recipes.Recipe,
+    card: Card,
+    tasks: tuple[str, ...],
+    root: Path | None,
+    read: bool,
+    tell: Callable[[str], None],
+) -> Data:
     if _length(settings, recipe)[1] == 0:
         # Efficiency figures come from synthetic batches: of the data, only the number of outputs matters.
         channels = json.dumps(card.channels(tasks))
-        return Data(card, tasks, hashlib.sha256(channels.encode()).hexdigest()[:12], None, None)
+        return Data(hashlib.sha256(channels.encode()).hexdigest()[:12], None, None)
     limits = {"train": settings.limit_train or recipe.limit_train, "val": settings.limit_val or recipe.limit_val}
 
     def choose(without: Sequence[str] = ()) -> dict[str, list[str]]:
@@ -229,8 +245,6 @@ def _data(
     # A limit that does not bind is none: the same images are the same cell.
     whole = {split: limit is None or limit >= len(cards.ids(card, split, root)) for split, limit in limits.items()}
     return Data(
-        card,
-        tasks,
         cards.fingerprint(card, names["train"], names["val"], tasks, sizes),
         None if whole["train"] else limits["train"],
         None if whole["val"] else limits["val"],
@@ -278,7 +292,12 @@ def _default_workers(place: Device) -> int:
 
 
 def _buildable(
-    configured: list, backbone: str, size: tuple[int, int], data: Data, settings: Settings, tell: Callable[[str], None]
+    configured: list,
+    backbone: str,
+    size: tuple[int, int],
+    channels: dict[str, int],
+    settings: Settings,
+    tell: Callable[[str], None],
 ) -> list:
     """The methods that can be built on the backbone, tried on the meta device: shapes without memory."""
     import torch
@@ -292,7 +311,7 @@ def _buildable(
         with torch.device("meta"):
             frame = load_backbone(backbone, size, WeightSource("random"))
             try:
-                method.try_build(frame, data.card.channels(data.tasks), Setting(settings.protocol, settings.decoder))
+                method.try_build(frame, channels, Setting(settings.protocol, settings.decoder))
             except MethodError as error:
                 refusals.append(error)
                 continue

@@ -267,6 +267,17 @@ def test_a_broken_file_is_named_before_anything_runs(own, name):
     assert bench(*OWN, "--data-root", own, "--dry-run").exit_code == 0  # reads no image
 
 
+@pytest.mark.parametrize(
+    "wrong, expected",
+    [(("--weights", "nowhere.safetensors"), "nowhere.safetensors"), (("--methods", "mtlora"), "mtlora")],
+)
+def test_what_is_wrong_with_weights_and_methods_is_said_before_images_are_read(own, wrong, expected):
+    """Reading all images of a real dataset takes minutes."""
+    BROKEN["d.jpg"][0](own / "d.jpg")
+    line = refusal(*OWN, "--data-root", own, *wrong)
+    assert expected in line and "d.jpg" not in line
+
+
 def test_all_that_is_broken_is_counted(own):
     for name, (breaks, _) in BROKEN.items():
         breaks(own / name)
