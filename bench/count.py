@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 
@@ -43,13 +44,14 @@ def counts(
     channels = card.channels(cards.choose_tasks(card, tasks))
     rows = []
     for backbone in (full_name(name.strip()) for name in backbones.split(",")):
+        with torch.device("meta"):
+            frame = load_backbone(backbone, size, WeightSource("random"))
         for configured in parse(methods):
             row = {"backbone": backbone, METHOD: configured.expression}
             try:
                 for protocol in (PUBLISHED, EQUAL):
                     with torch.device("meta"):
-                        frame = load_backbone(backbone, size, WeightSource("random"))
-                        model = configured.try_build(frame, channels, Setting(protocol))
+                        model = configured.try_build(copy.deepcopy(frame), channels, Setting(protocol))
                         if protocol == PUBLISHED:
                             row[PASSES] = model.passes(torch.empty(1, 3, *size))
                     row[protocol] = model.ledger().trainable / 1e6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -307,11 +308,13 @@ def _buildable(
     from methods.registry import MethodError
 
     fitting, refusals = [], []
+    with torch.device("meta"):
+        frame = load_backbone(backbone, size, WeightSource("random"))
     for method in configured:
         with torch.device("meta"):
-            frame = load_backbone(backbone, size, WeightSource("random"))
             try:
-                method.try_build(frame, channels, Setting(settings.protocol, settings.decoder))
+                # A copy: made anew, the backbone would take longer than the method.
+                method.try_build(copy.deepcopy(frame), channels, Setting(settings.protocol, settings.decoder))
             except MethodError as error:
                 refusals.append(error)
                 continue

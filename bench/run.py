@@ -56,8 +56,7 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     from bench.data.loader import DenseDataset, steps_per_epoch, validation_batches
     from bench.data.subset import evenly_spaced
     from bench.measure.profile import floor_seconds, matmul_rate, measure, synthetic_batch
-    from bench.train.floor import best_constants, best_maps, score_floors, sum_labels
-    from bench.train.loop import DivergedError, Trainer, evaluate, losses_by_batch, train
+    from bench.train.loop import DivergedError, Trainer, losses_by_batch, train
     from bench.train.trained import save_trained
     from methods.backbones.base import Backbone
     from methods.backbones.load import WeightSource, load_backbone
@@ -184,6 +183,9 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     )
     record.provenance.earlier_commits = [c for c in progress.commits if c != record.provenance.commit]
     record.history, record.loader_wait, record.cosines = progress.history, progress.loader_wait, progress.cosines
+
+    from bench.train.evaluation import evaluate
+    from bench.train.floor import best_constants, best_maps, score_floors, sum_labels
 
     emit("phase", name="evaluate")
     if spec.trial is None:

@@ -165,7 +165,8 @@ def test_a_trial_is_scored_on_training_images_that_it_did_not_train_on(tuned):
 
     from bench.data import card as cards
     from bench.data.loader import DenseDataset
-    from bench.train.loop import Trainer, evaluate, train
+    from bench.train.evaluation import evaluate
+    from bench.train.loop import Trainer, train
     from methods.backbones.load import WeightSource, load_backbone
     from methods.model import Setting
     from methods.registry import parse

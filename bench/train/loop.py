@@ -1,4 +1,4 @@
-"""The one training loop and the one evaluation loop, for every method."""
+"""The one training loop, for every method."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bench.data.loader import DenseDataset, labelled_parts, training_batches, validation_batches
+from bench.data.loader import DenseDataset, training_batches
 from bench.errors import BenchError
 from bench.recipe import Recipe, Schedule
-from bench.train import metrics
 from bench.train.losses import LOSSES
 from methods.model import MultiTaskModel, upsample_logits
 
@@ -280,38 +279,6 @@ def uninterrupted() -> Iterator[None]:
             signal.signal(number, handler)
     if pending:
         raise KeyboardInterrupt
-
-
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module,
-    dataset: DenseDataset,
-    channels: Mapping[str, int],
-    batch_size: int,
-    workers: int,
-    accelerator: Accelerator,
-    report: Callable[[int, int], None],
-) -> tuple[dict[str, dict[str, float]], dict[str, list[float | None]]]:
-    """Metrics of every task at the labels' resolution (the network's, unless the data set keeps original labels: then
-    predictions are resized to each), and IoU by class where a task has classes."""
-    device = accelerator.device
-    was_training = model.training
-    model.eval()
-    accumulators = {task: metrics.make(task, n).to(device) for task, n in channels.items()}
-    batches = validation_batches(dataset, batch_size, workers, device.type == "cuda")
-    for index, host_batch in enumerate(batches):
-        batch = to_device(host_batch, device)
-        outputs = model(batch["image"])
-        for task, accumulator in accumulators.items():
-            for images, label in labelled_parts(batch[task]):
-                logits = outputs[task][images]
-                if logits.shape[-2:] != label.shape[-2:]:
-                    logits = upsample_logits(logits, label.shape[-2:])
-                accumulator.update(logits.float(), label)
-        report(index + 1, len(batches))
-    model.train(was_training)
-    values = {task: accumulator.compute() for task, accumulator in accumulators.items()}
-    return values, {t: a.per_class for t, a in accumulators.items() if isinstance(a, metrics.MeanIoU)}
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

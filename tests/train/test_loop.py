@@ -20,12 +20,12 @@ from bench.errors import BenchError
 from bench.measure.profile import synthetic_batch
 from bench.recipe import Augment, Optimizer, Recipe, Schedule
 from bench.train import metrics
+from bench.train.evaluation import evaluate
 from bench.train.floor import score_floors
 from bench.train.loop import (
     DivergedError,
     Progress,
     Trainer,
-    evaluate,
     learning_rate,
     load_checkpoint,
     losses_by_batch,
