@@ -42,14 +42,18 @@ case "${1:-}" in
     set_up
     # The most wanted first, so that it is there if the rest is cut off; a cell that fails is a row.
     out=${2:-runs/table2}
-    "$python" -m bench run --suite table2 --device cuda --out "$out" || status=$?
-    "$python" -m bench run --suite table2_all --device cuda --out "$out" || status=$?
+    trap 'exit 130' INT  # Ctrl-C ends it all, not one suite
+    measure() { "$python" -m bench run --suite "$1" --device cuda --no-estimate --out "$out" "${@:2}" || status=$?; }
+    measure table2
+    measure table2_all
     for precision in tf32 bf16; do
-      "$python" -m bench run --suite table2 --backbone swin_tiny --precision "$precision" --device cuda --out "$out" || status=$?
+      measure table2 --backbone swin_tiny --precision "$precision"
     done
-    "$python" -m bench run --suite table2 --backbone swin_tiny --memory low --device cuda --out "$out" || status=$?
-    "$python" -m bench run --suite table2 --methods 'ours[form=plain]' --device cuda --out "$out" || status=$?
-    "$python" -m bench run --suite table2 --backbone swin_tiny --cudnn-benchmark --device cuda --out "$out" || status=$?
+    measure table2 --backbone swin_tiny --memory low
+    measure table2 --methods 'ours[form=plain]'
+    measure table2 --backbone swin_tiny --cudnn-benchmark
+    # What needs no GPU comes last.
+    "$python" -m bench estimate --records "$out" || status=$?
     "$python" -m bench report "$out"
     exit "${status:-0}"
     ;;

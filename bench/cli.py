@@ -109,6 +109,13 @@ def run(
     probe_gradients: Annotated[
         int, typer.Option(min=0, help="So many times in all, compare the tasks' gradients (for `bench figure`).")
     ] = 0,
+    estimate: Annotated[
+        bool,
+        typer.Option(
+            "--estimate/--no-estimate",
+            help="Predict each cell's memory too, seconds a cell; `bench estimate --records` can add it later.",
+        ),
+    ] = True,
     out: Annotated[Path, typer.Option(help="Where records go.")] = Path("runs"),
     fresh: Annotated[
         bool,
@@ -144,6 +151,7 @@ def run(
         shared_gpu=shared_gpu or dry_run,
         keep_weights=keep_weights,
         probes=probe_gradients,
+        estimate=estimate,
     )
     if dry_run:
         _print_cells(jobs, console)
@@ -314,10 +322,18 @@ def estimate(
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a markdown table.")] = False,
     save: Annotated[Path | None, typer.Option(help="A CSV file for the figures, in bytes and operations.")] = None,
+    records: Annotated[
+        Path | None,
+        typer.Option(help="Instead: add the estimate to the records of this folder that were made without one."),
+    ] = None,
 ) -> None:
     """Memory of a training step on a CUDA GPU and its operations, predicted: no GPU, data or weights."""
     from bench import estimate
 
+    if records:
+        filled = estimate.fill(records, None if dataset == "scenes" else dataset, errors.print)
+        Console().print(f"{filled} {'record' if filled == 1 else 'records'} filled in")
+        return
     table = estimate.table(
         methods, backbone, dataset, tasks, task_counts, protocol, recipe, image_size, batch_size, precision, memory,
         losses_together, gpu, errors.print,

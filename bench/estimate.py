@@ -6,6 +6,7 @@ import functools
 import itertools
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import pandas as pd
@@ -21,6 +22,8 @@ from bench.data import card as cards
 from bench.data.card import Card
 from bench.errors import BenchError
 from bench.grid import one_of, parse_size
+from bench.record import write_atomically
+from bench.report.groups import collect
 from bench.spec import MemoryUse, Precision, Protocol
 
 if TYPE_CHECKING:
@@ -119,6 +122,32 @@ def _estimate(
 
     build = functools.partial(random_model, method, backbone, size, channels, protocol, use)
     return estimate(build, size, recipe, batch, precision, losses_together=losses_together)
+
+
+def fill(folder: Path, dataset: str | None, tell: Callable[[str], None]) -> int:
+    """Add the estimate to every record under `folder` that was measured without one (`bench run --no-estimate`), and
+    return how many there were.
+
+    `dataset`: the card of records whose own is a file. `tell` hears of each. Raises BenchError in one line.
+    """
+    from bench.run import estimated
+
+    filled = 0
+    found, problems = collect(folder)
+    for problem in problems:
+        tell(f"left out: {problem}")
+    for item in found:
+        record, spec = item.record, item.record.spec
+        if record.estimate is not None or record.parameters is None:
+            continue
+        card = cards.load(dataset or spec.dataset)
+        if card.name != spec.dataset:
+            raise BenchError(f"--dataset is the card {card.name}, and the dataset of {item.path} is {spec.dataset}")
+        record.estimate = estimated(spec, card.channels(spec.tasks))
+        write_atomically(item.path, record.text())
+        tell(f"estimated {spec.method} on {spec.backbone}")
+        filled += 1
+    return filled
 
 
 def _largest(run: Callable[[int], Estimate], limit: int, batch: int) -> int:

@@ -19,7 +19,8 @@ def classify(error: BaseException) -> tuple[Status, Failure]:
         )
     trace = "".join(traceback.format_exception(error))
     memory = kind == "OutOfMemoryError" or isinstance(error, MemoryError)
-    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # the last one is cuBLAS's and cuDNN's
+    # The last two are cuBLAS's and cuDNN's.
+    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
     if memory or (isinstance(error, RuntimeError) and any(sign in text for sign in signs)):
         return "out_of_memory", Failure(
             kind=kind, message=first_line(error) if text else "out of memory", traceback=trace

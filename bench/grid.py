@@ -103,6 +103,7 @@ def jobs(
     shared_gpu: bool = True,
     keep_weights: bool = True,
     probes: int = 0,
+    estimate: bool = True,
 ) -> list[Job]:
     """Every cell, in order: backbones, then methods, then seeds. Raises BenchError or MethodError in one line.
 
@@ -182,6 +183,7 @@ def jobs(
                     cache=cache,
                     keep_weights=keep_weights,
                     probes=probes,
+                    estimate=estimate,
                 )
             )
     return cells

@@ -73,6 +73,7 @@ def profile(
     import torch
     from accelerate import Accelerator
 
+    from bench.measure import cuda
     from bench.measure.models import random_model
     from bench.measure.profile import CPU_CLOCK, CUDA_CLOCK, settle, synthetic_batch
     from bench.train.loop import Trainer
@@ -82,7 +83,7 @@ def profile(
     mixed = precision if precision in ("bf16", "fp16") else "no"
     if place.name:
         torch.cuda.set_device(place.index)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    cuda.set_up(precision)
     trainers = {}
     for method in parse(methods):
         torch.manual_seed(0)

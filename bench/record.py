@@ -189,9 +189,11 @@ class Record(Part):
     def write(self, out: Path) -> Path:
         """Write atomically under `out`: readers see the old file or the new one, never half of one."""
         path = self.path(out)
-        text = json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False)
-        write_atomically(path, text + "\n")
+        write_atomically(path, self.text())
         return path
+
+    def text(self) -> str:
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False) + "\n"
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +27,7 @@ from bench.tuning import held_out
 from methods.registry import MethodError, parse
 
 if TYPE_CHECKING:
+    from methods.backbones.base import Backbone
     from methods.model import MultiTaskModel
 
 Emit = Callable[..., None]
@@ -55,20 +56,17 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
 
     from bench.data.loader import DenseDataset, steps_per_epoch, validation_batches
     from bench.data.subset import evenly_spaced
+    from bench.measure import cuda
     from bench.measure.profile import floor_seconds, matmul_rate, measure, synthetic_batch
     from bench.train.loop import DivergedError, Trainer, losses_by_batch, train
     from bench.train.trained import save_trained
-    from methods.backbones.base import Backbone
     from methods.backbones.load import WeightSource, load_backbone
-    from methods.layers.checkpointing import checkpoint_activations
-    from methods.model import Setting
 
     spec = job.spec
     on_gpu = spec.device_kind == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise BenchError("a CUDA device was asked for, but torch sees none")
-    torch.backends.cudnn.benchmark = spec.cudnn_benchmark
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = spec.precision == "tf32"
+    cuda.set_up(spec.precision, spec.cudnn_benchmark)
 
     def make_accelerator() -> Accelerator:
         mixed = spec.precision if spec.precision in ("bf16", "fp16") else "no"
@@ -80,7 +78,6 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     record.provenance.threads = torch.get_num_threads()
     card = cards.load(job.card)
     channels = card.channels(spec.tasks)
-    (configured,) = parse(spec.method)
     source = "file" if spec.weights.startswith("file:") else spec.weights
     weights = WeightSource(source, job.weights_path, spec.weights.partition(":")[2])
     name = job.weights_path.name if job.weights_path else spec.backbone if source == "timm" else ""
@@ -89,20 +86,13 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     def build() -> MultiTaskModel:
         # The seed is set before the backbone is made: random backbone weights are the same for every method.
         torch.manual_seed(spec.seed)
-        return finish(load_backbone(spec.backbone, spec.image_size, weights))
-
-    def finish(backbone: Backbone) -> MultiTaskModel:
-        model = configured.build(backbone, channels, Setting(spec.protocol, spec.decoder))
-        if spec.memory == "low":
-            checkpoint_activations(model)
-        return model
+        return finished_model(spec, channels, load_backbone(spec.backbone, spec.image_size, weights))
 
     def measure_efficiency() -> None:
         recipe = spec.recipe.untuned()
-        emit("phase", name="estimate")
-        record.estimate = estimated(
-            lambda: finish(load_backbone(spec.backbone, spec.image_size, WeightSource("random"))), spec
-        )
+        if job.estimate:
+            emit("phase", name="estimate")
+            record.estimate = estimated(spec, channels)
         emit("phase", name="measure")
         accelerator = make_accelerator()
         model = build()
@@ -120,11 +110,14 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
         batch = synthetic_batch(channels, spec.image_size, spec.batch_size, accelerator.device)
         uuid = str(torch.cuda.get_device_properties(0).uuid) if on_gpu else ""
         record.provenance.gpu_before = gpu_state.read(uuid) if uuid else None
+
+        def look() -> None:  # while the GPU still works: at rest nothing slows it down
+            record.provenance.gpu_after = gpu_state.read(uuid) if uuid else None
+
         record.memory, record.time = measure(
-            trainer, batch, recipe.measure, lambda step, total: emit("step", step=step, total=total)
+            trainer, batch, recipe.measure, lambda step, total: emit("step", step=step, total=total), look
         )
         record.parameters.passes = model.passes(batch["image"][:1])
-        record.provenance.gpu_after = gpu_state.read(uuid) if uuid else None
         del trainer, model
         accelerator.free_memory()
         backbone = load_backbone(spec.backbone, spec.image_size, weights)
@@ -211,9 +204,25 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
         record.trained_sha256 = save_trained(trainer.plain_model, job.trained_path)
 
 
-def estimated(build: Callable[[], MultiTaskModel], spec: RunSpec) -> Estimated:
+def finished_model(spec: RunSpec, channels: Mapping[str, int], backbone: Backbone) -> MultiTaskModel:
+    """The cell's model on a backbone of its own."""
+    from methods.layers.checkpointing import checkpoint_activations
+    from methods.model import Setting
+
+    (configured,) = parse(spec.method)
+    model = configured.build(backbone, channels, Setting(spec.protocol, spec.decoder))
+    if spec.memory == "low":
+        checkpoint_activations(model)
+    return model
+
+
+def estimated(spec: RunSpec, channels: Mapping[str, int]) -> Estimated:
     """The prediction that the measurement stands beside; its reason where there is none."""
     from bench.measure.estimate import estimate
+    from methods.backbones.load import WeightSource, load_backbone
+
+    def build() -> MultiTaskModel:
+        return finished_model(spec, channels, load_backbone(spec.backbone, spec.image_size, WeightSource("random")))
 
     try:
         found = estimate(build, spec.image_size, spec.recipe.untuned(), spec.batch_size, spec.precision)

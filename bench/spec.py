@@ -136,6 +136,7 @@ class Job(BaseModel):
     tuned: Tuned | None = None  # what the trials of a recipe that tunes have shown
     keep_weights: bool = True  # what training changed, beside the record
     probes: int = 0  # how often in all to compare the tasks' gradients
+    estimate: bool = True  # predict the cell's memory beside what is measured
 
     @property
     def record_path(self) -> Path:

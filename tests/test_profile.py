@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from bench.measure import profile
+from bench.measure import cuda, profile, provenance
 from bench.recipe import Measure
 from bench.tasks import TASKS
 from bench.train.losses import LOSSES
@@ -46,6 +46,15 @@ def test_every_step_after_the_warm_up_is_a_sample(warmup, steps):
     assert len(timing.samples) == steps
     assert (timing.warmup, timing.batch_size, timing.device, memory.device) == (warmup, 7, "cpu", "cpu")
     assert reports == [(done, warmup + steps) for done in range(1, warmup + steps + 1)]
+
+
+def test_the_gpu_is_looked_at_after_the_last_step_was_queued_and_before_it_is_waited_for(monkeypatch):
+    trainer, order = Recorder(), []
+    monkeypatch.setattr(profile, "CPU_CLOCK", replace(profile.CPU_CLOCK, wait=lambda: order.append("wait")))
+    batch = {"image": torch.zeros(1, 3, 4, 4)}
+    look = lambda: order.append(len(trainer.steps))  # noqa: E731
+    profile.measure(trainer, batch, Measure(warmup=1, steps=2), lambda *report: None, look)
+    assert order == [3, "wait"]
 
 
 @pytest.mark.parametrize("warmup, expected", [(0, [1, 2, 3]), (1, [2, 3, 4]), (2, [3, 4, 5])])
@@ -127,3 +136,31 @@ def test_predictions_leave_the_model_training_and_keep_no_graph(build):
     model.register_forward_hook(lambda m, inputs, out: seen.append((m.training, out["semseg"].requires_grad)))
     profile.predict(SimpleNamespace(model=model.train()), {"image": torch.rand(1, 3, 64, 64)})
     assert seen == [(False, False)] and model.training
+
+
+def test_torch_on_a_gpu_is_set_up_alike_for_all():
+    flags = lambda: (  # noqa: E731
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+        torch.backends.cuda.cudnn_sdp_enabled(),
+    )
+    before = flags()
+    try:
+        cuda.set_up("tf32", cudnn_benchmark=True)
+        assert flags() == (True, True, True, False)
+        cuda.set_up("bf16")
+        assert flags() == (False, False, False, False)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before[
+            :3
+        ]
+        torch.backends.cuda.enable_cudnn_sdp(before[3])
+
+
+def test_without_its_repository_the_commit_is_what_the_user_says(monkeypatch, tmp_path):
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    monkeypatch.delenv("BENCH_COMMIT", raising=False)
+    assert provenance.git_state() == (None, None)
+    monkeypatch.setenv("BENCH_COMMIT", "abc123")
+    assert provenance.git_state() == ("abc123", None)

@@ -61,6 +61,10 @@ def found(out: Path) -> list[records.Record]:
     return [item.record for item in records.scan(out)]
 
 
+def found_readable(out: Path) -> list[records.Record]:
+    return [item.record for item in records.scan(out) if isinstance(item, records.Found)]
+
+
 def only(out: Path) -> records.Record:
     (record,) = found(out)
     return record
@@ -165,6 +169,20 @@ def test_a_record_is_complete(killed):
             record.provenance.weights.source == "random"
             and record.provenance.data_fingerprint == record.spec.data_fingerprint
         )
+
+
+def test_an_estimate_that_was_left_out_is_filled_in_later(killed, tmp_path):
+    """Equal to the one that the cell made itself; what has one and what is no record stay as they are."""
+    whole = killed["after"]
+    assert whole[0].estimate.peak > 0
+    whole[0].model_copy(update={"estimate": None}).write(tmp_path)
+    kept = whole[1].write(tmp_path)
+    (tmp_path / "half.json").write_text("{")
+    stamp = kept.stat().st_mtime_ns
+    done = bench("estimate", "--records", tmp_path)
+    assert done.exit_code == 0 and "1 record filled in" in done.stdout and "half.json" in done.stderr
+    assert found_readable(tmp_path) == whole and kept.stat().st_mtime_ns == stamp
+    assert "0 records filled in" in bench("estimate", "--records", tmp_path).stdout
 
 
 def test_the_same_seed_gives_the_same_figures(killed):
@@ -327,10 +345,23 @@ def test_an_empty_failure_is_classified():
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError("x"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
+    "error",
+    [
+        MemoryError("x"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    ],
 )
 def test_running_out_of_memory_is_a_status_of_its_own(error):
     assert run.classify(error)[0] == "out_of_memory"
+
+
+def test_a_cell_without_an_estimate(tmp_path):
+    given = {"methods": "decoder_only", "backbone": LITE, "weights": "random", "image_size": "32", "recipe": "smoke"}
+    (job,) = grid.jobs(None, given | {"steps": 0}, None, "cpu", None, tmp_path, estimate=False)
+    (record,) = sweep.run_all([job], Console())
+    assert record.status == "ok" and record.estimate is None and record.time and record.memory
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -30,6 +30,7 @@ from bench.recipe import Recipe
 from bench.spec import Precision
 from bench.train.loop import PHASES, Trainer
 from methods.model import MultiTaskModel
+from methods.registry import MethodError
 
 CUDA_GRANULE = 512  # bytes
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -85,14 +86,16 @@ def estimate(
     Raises BenchError naming an operator whose result depends on values, or that has no rule for shapes alone.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # a method may hold a tensor that is no parameter and no buffer
-    model = fake_model(build, mode)
     try:
+        model = fake_model(build, mode)
         with mode:
             trainer = Trainer(model, recipe, batch_size, 2, _NoAccelerator())
             trainer.losses_together = losses_together
             batch = synthetic_batch(model.tasks, size, batch_size, torch.device("cpu"))
             with _as_on_cuda(trainer, AUTOCAST.get(precision)) if cuda else nullcontext():
                 return step_bytes(trainer, batch, _FakeBytes(CUDA_GRANULE if cuda else 1))
+    except MethodError:
+        raise
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
         raise BenchError(f"no estimate: {error.func} has no result without values") from error
     except Exception as error:  # whatever else a method does that shapes alone cannot answer

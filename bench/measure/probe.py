@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import resource
 import sys
-import time
 
 from pydantic import BaseModel
 
@@ -17,6 +16,8 @@ from bench.recipe import Recipe
 from bench.spec import MemoryUse, Precision, Protocol
 
 STEPS = 2  # the first makes the optimizer's moments
+# What cuDNN and cuBLAS say where they get no memory of their own; after a smaller batch that fit it means no more.
+NEAR_THE_LIMIT = ("unable to find an engine", "CUBLAS_STATUS_NOT_INITIALIZED")
 
 
 class Request(BaseModel):
@@ -44,8 +45,17 @@ def answer(request: Request) -> Answer:
     import torch
     from accelerate import Accelerator
 
+    from bench.measure import cuda
     from bench.measure.models import random_model
-    from bench.measure.profile import resident_peak, settle, synthetic_batch
+    from bench.measure.profile import (
+        CPU_CLOCK,
+        CUDA_CLOCK,
+        resident_peak,
+        seconds_of,
+        settle,
+        synthetic_batch,
+        timed_step,
+    )
     from bench.train.loop import Trainer
     from methods.registry import parse
 
@@ -54,25 +64,25 @@ def answer(request: Request) -> Answer:
         if request.limit is not None:
             _limit(request.limit, request.cuda)
         mixed = request.precision if request.precision in ("bf16", "fp16") else "no"
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = request.precision == "tf32"
+        cuda.set_up(request.precision)
         accelerator = Accelerator(mixed_precision=mixed, cpu=not request.cuda)
         model = random_model(
             method, request.backbone, request.image_size, request.channels, request.protocol, request.memory
         )
         trainer = Trainer(model, request.recipe, request.batch_size, STEPS, accelerator)
         batch = synthetic_batch(request.channels, request.image_size, request.batch_size, accelerator.device)
+        clock = CUDA_CLOCK if request.cuda else CPU_CLOCK
         settle(trainer, batch)
-        start = time.perf_counter()
-        trainer.step(batch, STEPS - 1)
-        if request.cuda:
-            torch.cuda.synchronize()
+        marks = timed_step(trainer, batch, STEPS - 1, clock)
+        clock.wait()
     except Exception as error:
         status, failure = classify(error)
-        return Answer(fits=False, error="" if status == "out_of_memory" else f"{failure.kind}: {failure.message}")
+        memory = status == "out_of_memory" or (request.cuda and any(sign in str(error) for sign in NEAR_THE_LIMIT))
+        return Answer(fits=False, error="" if memory else f"{failure.kind}: {failure.message}")
     peak = torch.cuda.max_memory_allocated() if request.cuda else resident_peak()
     if request.limit is not None and peak > request.limit:  # the kernel counts private memory, not all that is resident
         return Answer(fits=False)
-    return Answer(fits=True, peak=peak, seconds=time.perf_counter() - start)
+    return Answer(fits=True, peak=peak, seconds=seconds_of(marks, clock))
 
 
 def _limit(size: int, cuda: bool) -> None:

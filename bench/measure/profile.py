@@ -36,12 +36,19 @@ def synthetic_batch(
 
 
 def measure(
-    trainer: Trainer, batch: Mapping[str, Tensor], settings: Measure, report: Callable[[int, int], None]
+    trainer: Trainer,
+    batch: Mapping[str, Tensor],
+    settings: Measure,
+    report: Callable[[int, int], None],
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> tuple[Memory, Time]:
-    """Run the steps and return the figures. This trains the model: measure on one that is thrown away afterwards."""
+    """Run the steps and return the figures. This trains the model: measure on one that is thrown away afterwards.
+
+    `meanwhile` is called after the last step has been queued, which a GPU is then still at.
+    """
     if trainer.accelerator.device.type == "cuda":
-        return _cuda_memory(trainer, batch), _time(trainer, batch, settings, report, CUDA_CLOCK)
-    timing = _time(trainer, batch, settings, report, CPU_CLOCK)
+        return _cuda_memory(trainer, batch), _time(trainer, batch, settings, report, meanwhile, CUDA_CLOCK)
+    timing = _time(trainer, batch, settings, report, meanwhile, CPU_CLOCK)
     return Memory(device="cpu", process_peak=resident_peak()), timing
 
 
@@ -89,13 +96,19 @@ def seconds_by_phase(marks: Marks, clock: Clock) -> dict[str, float]:
 
 
 def _time(
-    trainer: Trainer, batch: Mapping[str, Tensor], settings: Measure, report: Callable[[int, int], None], clock: Clock
+    trainer: Trainer,
+    batch: Mapping[str, Tensor],
+    settings: Measure,
+    report: Callable[[int, int], None],
+    meanwhile: Callable[[], None],
+    clock: Clock,
 ) -> Time:
     total = settings.warmup + settings.steps
     steps = []
     for step in range(total):
         steps.append(timed_step(trainer, batch, step, clock))
         report(step + 1, total)
+    meanwhile()
     clock.wait()
     measured = steps[settings.warmup :]
     by_phase = [seconds_by_phase(marks, clock) for marks in measured]
@@ -111,13 +124,13 @@ def _time(
 def floor_seconds(backbone: nn.Module, image: Tensor, accelerator: Accelerator, repeats: int) -> list[float]:
     """The forward of the frozen backbone alone, in evaluation mode and without gradients, after two unmeasured ones."""
     clock = CUDA_CLOCK if image.device.type == "cuda" else CPU_CLOCK
-    backbone.to(image.device).eval()
+    backbone.to(image.device).eval().requires_grad_(False)
     marks = []
-    with torch.no_grad(), accelerator.autocast():
-        for _ in range(repeats + 2):
-            start = clock.now()
+    for _ in range(repeats + 2):
+        start = clock.now()
+        with torch.no_grad(), accelerator.autocast():  # left each time, so that no cast of a weight is kept
             backbone(image)
-            marks.append((start, clock.now()))
+        marks.append((start, clock.now()))
     clock.wait()
     return [clock.between(start, end) for start, end in marks[2:]]
 

@@ -89,10 +89,11 @@ def slug(name: str) -> str:
 def git_state() -> tuple[str | None, bool | None]:
     """Commit of the source tree, and whether it holds code or cards beyond it, a new method's file included.
 
-    (None, None) for an installed package.
+    Without its repository, as on a cluster, the commit that BENCH_COMMIT names; else, and for an installed package,
+    (None, None).
     """
     if not (ROOT / ".git").exists():
-        return None, None
+        return os.environ.get("BENCH_COMMIT"), None
     try:
         commit, status = (
             subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True, timeout=10, check=True).stdout

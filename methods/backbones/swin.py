@@ -42,6 +42,9 @@ def attend(block: nn.Module, qkv: Tensor, prompts: int = 0) -> Tensor:
     batch, tokens, _ = qkv.shape
     query, key, value = split_heads(block, qkv)
     bias = F.pad(attention._get_rel_pos_bias(), (prompts, 0, prompts, 0))  # (1, heads, N, N)
+    if bias.requires_grad and not qkv.requires_grad:
+        # CUDA's fused attention prepares a backward where a query, key or value wants gradients, not where a bias does.
+        query = query.detach().requires_grad_()
     if block.attn_mask is None:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
         return out.transpose(1, 2).reshape(batch, tokens, -1)

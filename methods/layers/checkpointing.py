@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from methods.backbones.base import TransformerBackbone
@@ -33,7 +34,14 @@ def checkpoint_activations(model: nn.Module) -> None:
             if inside[0] or not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
             again = _Again(module, _get_current_function_mode_stack())
-            return checkpoint(once, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again), **kwargs)
+            # Of its arguments `checkpoint` asks each tensor for its device's random state, so it gets to see one.
+            first = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)][:1]
+            return checkpoint(
+                lambda *_: once(*args, **kwargs),
+                *first,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), again),
+            )
 
         def once(*args: Any, **kwargs: Any) -> Any:
             inside[0] = True

@@ -7,9 +7,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from methods.backbones.base import TransformerBackbone
 from methods.backbones.load import WeightSource, full_name, load_backbone
+from methods.layers import checkpointing
 from methods.layers.checkpointing import checkpoint_activations
 from methods.model import Setting
 from methods.registry import all_methods, parse
@@ -156,3 +158,26 @@ def test_a_backbone_a_task_is_no_unit_as_a_whole(build):
 
     units = list(_units(build("lora")))
     assert units and not any(isinstance(part, TransformerBackbone) for unit in units for part in unit.modules())
+
+
+def test_checkpoint_is_shown_one_tensor_alone(monkeypatch):
+    """It saves a GPU's random state once for every tensor among its arguments."""
+    shown = []
+
+    def watch(function, *args, **kwargs):
+        shown.append(args)
+        return checkpoint(function, *args, **kwargs)
+
+    monkeypatch.setattr(checkpointing, "checkpoint", watch)
+
+    class Sum(nn.Module):
+        def forward(self, x, others, *, scale):
+            return scale * (x + sum(others.values()))
+
+    model = nn.Module()
+    model.parts = nn.ModuleList([Sum()])
+    checkpoint_activations(model)
+    x, a, b, scale = (torch.tensor(float(value), requires_grad=True) for value in (2, 3, 5, 7))
+    model.parts[0](x, {"a": a, "b": b}, scale=scale).backward()
+    assert [each.grad.item() for each in (x, a, b, scale)] == [7, 7, 7, 10]
+    assert len(shown) == 1 and len(shown[0]) == 1 and shown[0][0] is x

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from methods.backbones.swin import SwinBackbone, attend, into_windows, out_of_windows
 from methods.backbones.timm_import import timm
@@ -106,3 +107,22 @@ def test_downsampling_leads_from_stage_to_stage(tiny_swin):
         for block in backbone.layers[stage].blocks:
             merged = block(merged.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         torch.testing.assert_close(merged, maps[stage])
+
+
+@pytest.mark.parametrize(
+    "method", ["relative_bias", "relative_bias[sharing=shared]", "mtlora", "ditask", "tadformer", "multi_task_full"]
+)
+def test_where_a_bias_is_trained_attention_sees_that_a_gradient_is_wanted(method, build, monkeypatch):
+    """CUDA's fused attention keeps what its backward needs only where a query, key or value wants a gradient."""
+    model = build(method).train()
+    seen, attention = [], F.scaled_dot_product_attention
+
+    def watch(query, key, value, attn_mask=None, **rest):
+        if attn_mask is not None and attn_mask.requires_grad:
+            seen.append(query.requires_grad or key.requires_grad or value.requires_grad)
+        return attention(query, key, value, attn_mask=attn_mask, **rest)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
+    sum(out.square().mean() for out in model(torch.rand(2, 3, 64, 64)).values()).backward()
+    tables = [p for name, p in model.named_parameters() if "relative_position_bias_table" in name and p.requires_grad]
+    assert seen and all(seen) and tables and all(table.grad is not None for table in tables)
