@@ -52,6 +52,7 @@ case "${1:-}" in
     measure table2 --backbone swin_tiny --memory low
     measure table2 --methods 'ours[form=plain]'
     measure table2 --backbone swin_tiny --cudnn-benchmark
+    "$python" -m bench profile --methods mtlora,ditask,tadformer,ours --image-size 448 --operators 10 --device cuda || status=$?
     # What needs no GPU comes last.
     "$python" -m bench estimate --records "$out" || status=$?
     "$python" -m bench report "$out"

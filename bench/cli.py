@@ -363,6 +363,9 @@ def profile(
     shared_gpu: Annotated[bool, typer.Option("--shared-gpu", help="Although another process is on the GPU.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Steps of each method that count.")] = 9,
     reference: Annotated[str | None, typer.Option(help="Ratios against this method. (default: the first)")] = None,
+    operators: Annotated[
+        int, typer.Option(min=0, help="Also so many operators of each method: what a step's time goes to.")
+    ] = 0,
     find_max_batch: Annotated[
         bool, typer.Option("--find-max-batch", help="Instead: the largest batch of each that trains, found by trying.")
     ] = False,
@@ -395,13 +398,15 @@ def profile(
         return
     found = profiles.profile(
         methods, backbone, dataset, tasks, protocol, recipe, image_size, batch_size, precision, memory, place, rounds,
-        Console(stderr=True),
+        Console(stderr=True), operators > 0,
     )  # fmt: skip
     table = profiles.figures(found, reference)
     if save:
         write_atomically(save, table.to_csv(index=False))
     heading = profiles.heading(backbone, image_size, batch_size, precision, memory, place)
     profiles.show(table, heading, rounds, console)
+    if operators:
+        profiles.show_operators(found, operators, bool(place.name), console)
 
 
 @app.command()

@@ -6,6 +6,8 @@ to an end and no record is written: `bench run --steps 0` measures each method a
 
 from __future__ import annotations
 
+import functools
+import os
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from bench.spec import MemoryUse, Precision, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bench.measure.operators import Operator
     from bench.measure.profile import Clock
     from bench.train.loop import Trainer
 
@@ -40,6 +43,7 @@ class Profile:
     name: str
     seconds: list[float] = field(default_factory=list)
     phases: dict[str, list[float]] = field(default_factory=dict)
+    operators: list[Operator] = field(default_factory=list)  # of one more step, the most expensive first
 
     def ratio(self, other: Profile) -> tuple[float, float, float]:
         """Median, least and largest of this one's time over the other's, round by round."""
@@ -61,6 +65,7 @@ def profile(
     place: Device,
     rounds: int,
     console: Console,
+    with_operators: bool = False,
 ) -> list[Profile]:
     """One profile a method, then that of the frozen backbone's forward. Raises BenchError or MethodError."""
     one_of("protocol", protocol, get_args(Protocol))
@@ -69,12 +74,17 @@ def profile(
     card, chosen = cards.load(dataset), recipes.load(recipe).untuned()
     channels = card.channels(cards.choose_tasks(card, tasks))
     size = parse_size(image_size)
+    if with_operators:
+        os.environ.setdefault(
+            "KINETO_LOG_LEVEL", "99"
+        )  # torch's profiler announces itself on standard error; read once
 
     import torch
     from accelerate import Accelerator
 
     from bench.measure import cuda
     from bench.measure.models import random_model
+    from bench.measure.operators import operators
     from bench.measure.profile import CPU_CLOCK, CUDA_CLOCK, settle, synthetic_batch
     from bench.train.loop import Trainer
     from methods.backbones.load import WeightSource, full_name, load_backbone
@@ -103,7 +113,11 @@ def profile(
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("rounds", total=rounds + 1)
         clock = CUDA_CLOCK if place.name else CPU_CLOCK
-        return interleave(trainers, batch, forward, clock, rounds, lambda: progress.advance(bar))
+        found = interleave(trainers, batch, forward, clock, rounds, lambda: progress.advance(bar))
+    if with_operators:
+        for each in found[:-1]:
+            each.operators = operators(functools.partial(trainers[each.name].step, batch, rounds), bool(place.name))
+    return found
 
 
 def interleave(
@@ -167,6 +181,34 @@ def show(table: pd.DataFrame, heading: str, rounds: int, console: Console) -> No
             f"Seconds a batch, medians of {rounds} interleaved rounds; ratio: time over that of {base}, the median "
             "round's and the range. Random weights, synthetic batch."
         ),
+        soft_wrap=True,
+    )
+
+
+def show_operators(profiles: list[Profile], most: int, on_gpu: bool, console: Console) -> None:
+    """The `most` expensive operators of each method's step, and how much of the step a GPU was busy with them all."""
+    for each in profiles:
+        if not each.operators:
+            continue
+        total = sum(operator.seconds for operator in each.operators)
+        title = f"{each.name}: where a step goes"
+        if on_gpu:
+            step = statistics.median(each.seconds)
+            title += f"; the GPU is busy for {total:.3f} of its {step:.3f} s ({100 * total / step:.0f} %)"
+        console.print(escape(title), style="italic")  # not the table's: that would be broken to its width
+        out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        out.add_column("operator", overflow="fold")
+        for column in ("calls", "ms", "%"):
+            out.add_column(column, justify="right", no_wrap=True)
+        rest = each.operators[most:]
+        rows = [(operator.name, operator.calls, operator.seconds) for operator in each.operators[:most]]
+        rows += [(f"{len(rest)} more", sum(o.calls for o in rest), sum(o.seconds for o in rest))] if rest else []
+        for name, calls, seconds in rows:
+            out.add_row(escape(name), str(calls), f"{1000 * seconds:.2f}", f"{100 * seconds / total:.1f}")
+        console.print(out)
+    console.print(
+        "Time of each operator's own, without those that it calls, in one step more under torch's profiler"
+        + (": of its kernels; for the rest of a step the GPU waits for the host." if on_gpu else "."),
         soft_wrap=True,
     )
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import re
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
+import torch
 from rich.console import Console
+from torch.autograd import DeviceType
 from typer.testing import CliRunner
 
 from bench import profile
 from bench.cli import app
 from bench.errors import BenchError
 from bench.grid import Device
+from bench.measure import operators as measured
+from bench.measure.operators import Operator, operators
 from bench.measure.profile import Clock
 from bench.profile import FLOOR, Profile
 
@@ -102,3 +112,64 @@ def test_a_step_is_as_long_as_its_phases_on_a_real_model():
     for index, seconds in enumerate(own.seconds):
         assert sum(values[index] for values in own.phases.values()) == pytest.approx(seconds, rel=0.2)
         assert all(values[index] > 0 for values in own.phases.values())
+
+
+def test_the_operators_of_a_step_are_counted_and_the_most_expensive_comes_first():
+    a, b = torch.rand(400, 400), torch.rand(5)
+
+    def step():
+        for _ in range(3):
+            a @ a
+        (b + 1).exp()
+
+    start = time.perf_counter()
+    found = operators(step, cuda=False)
+    seconds = time.perf_counter() - start
+    calls = {each.name: each.calls for each in found}
+    assert (calls["mm"], calls["add"], calls["exp"]) == (3, 1, 1)
+    assert found[0].name == "mm" and 0 < sum(each.seconds for each in found) < seconds
+
+
+def test_on_a_gpu_the_kernels_count(monkeypatch):
+    """Of an operator, of none, and a range that somebody has marked, which is no kernel."""
+
+    def event(key, device, own=0.0, kernels=0.0, count=1, marked=False):
+        return SimpleNamespace(
+            key=key, device_type=device, self_cpu_time_total=own, self_device_time_total=kernels, count=count,
+            is_user_annotation=marked,
+        )  # fmt: skip
+
+    host, gpu = DeviceType.CPU, DeviceType.CUDA
+    events = [
+        event("aten::mm", host, own=900, kernels=3e6, count=2),
+        event("aten::view", host, own=5e6),
+        event("aten::add", host, own=7, kernels=1e6),
+        event("gemm_128x64", gpu, kernels=3e6),
+        event("vectorized_add", gpu, kernels=1e6),
+        event("Memset", gpu, kernels=5e5),
+        event("somebody's range", gpu, kernels=9e6, marked=True),
+    ]
+
+    @contextmanager
+    def profiled(activities):
+        assert len(activities) == 2
+        yield SimpleNamespace(key_averages=lambda: events)
+
+    monkeypatch.setattr(measured, "profile", profiled)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found = operators(lambda: None, cuda=True)
+    assert found == [Operator("mm", 2, 3.0), Operator("add", 1, 1.0), Operator(measured.UNNAMED, 0, 0.5)]
+    shown = Console(record=True, width=100, file=io.StringIO())
+    profile.show_operators([Profile("ours", [8.0, 9.0, 9.5], operators=found)], 1, True, shown)
+    text = shown.export_text()
+    assert "busy for 4.500 of its 9.000 s (50 %)" in text
+    assert re.search(r"mm +2 +3000.00 +66.7", text) and re.search(r"2 more +1 +1500.00 +33.3", text)
+
+
+def test_the_verb_with_operators():
+    small = ("--image-size", "32", "--batch-size", "1", "--rounds", "1", "--device", "cpu", "--operators", "2")
+    done = CliRunner(env={"COLUMNS": "100"}).invoke(app, ["profile", "--methods", "ours,decoder_only", *small])
+    assert done.exit_code == 0, done.output
+    assert (
+        done.stdout.count("where a step goes") == 2 and done.stdout.count("more ") >= 2 and "waits" not in done.stdout
+    )
