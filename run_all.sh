@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # ./run_all.sh          make .venv, install, run the default comparison, print the report
 # ./run_all.sh test     make .venv, install, run the test suite
-# ./run_all.sh table2   efficiency on a CUDA GPU: the paper's Table 2 first, then every method, then other precisions
+# ./run_all.sh table2   efficiency on a CUDA GPU: the paper's Table 2 first, then every method, then other precisions,
+#                       where the steps' time goes, and last the estimates
 # PYTHON=/path/to/python ./run_all.sh ...   use that interpreter as it is; nothing is installed
 set -euo pipefail
 cd "$(dirname "$0")"

@@ -301,6 +301,7 @@ def count(
 @app.command()
 @one_line_errors
 def estimate(
+    context: typer.Context,
     methods: Annotated[str, typer.Option(help="Expressions and grids as for `run`, or 'all'.")] = "all",
     backbone: Annotated[str, typer.Option(help="Short or timm names, comma-separated.")] = "swin_tiny",
     dataset: Annotated[str, typer.Option(help="A card's name or path: its tasks are estimated.")] = "scenes",
@@ -330,8 +331,14 @@ def estimate(
     """Memory of a training step on a CUDA GPU and its operations, predicted: no GPU, data or weights."""
     from bench import estimate
 
+    given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
     if records:
-        filled = estimate.fill(records, None if dataset == "scenes" else dataset, errors.print)
+        others = [name.replace("_", "-") for name in given if name not in ("records", "dataset")]
+        if others:
+            raise BenchError(f"--records takes every setting from the records: leave --{others[0]} out")
+        filled = estimate.fill(
+            records, dataset if "dataset" in given else None, lambda line: errors.print(escape(line))
+        )
         Console().print(f"{filled} {'record' if filled == 1 else 'records'} filled in")
         return
     table = estimate.table(
@@ -385,6 +392,8 @@ def profile(
         gpu_state.refuse_company(place.uuid, place.name)
     if memory_limit and not find_max_batch:
         raise BenchError("--memory-limit goes with --find-max-batch")
+    if operators and find_max_batch:
+        raise BenchError("--operators and --find-max-batch are two questions: ask for one of them at a time")
     if find_max_batch:
         limit = estimate.parse_gpu(memory_limit, "memory-limit") if memory_limit else None
         found = max_batch.table(

@@ -22,7 +22,8 @@ from bench.data import card as cards
 from bench.data.card import Card
 from bench.errors import BenchError
 from bench.grid import one_of, parse_size
-from bench.record import write_atomically
+from bench.measure.provenance import git_state
+from bench.record import read, write_atomically
 from bench.report.groups import collect
 from bench.spec import MemoryUse, Precision, Protocol
 
@@ -133,19 +134,28 @@ def fill(folder: Path, dataset: str | None, tell: Callable[[str], None]) -> int:
     from bench.run import estimated
 
     filled = 0
-    found, problems = collect(folder)
+    own = cards.load(dataset) if dataset else None
+    everything, problems = collect(folder)
     for problem in problems:
         tell(f"left out: {problem}")
-    for item in found:
-        record, spec = item.record, item.record.spec
-        if record.estimate is not None or record.parameters is None:
+    for item in everything:
+        spec, label = item.record.spec, f"{item.record.spec.method} on {item.record.spec.backbone}"
+        if item.record.estimate is not None or item.record.parameters is None:
             continue
-        card = cards.load(dataset or spec.dataset)
-        if card.name != spec.dataset:
-            raise BenchError(f"--dataset is the card {card.name}, and the dataset of {item.path} is {spec.dataset}")
-        record.estimate = estimated(spec, card.channels(spec.tasks))
+        try:
+            card = own if own is not None and own.name == spec.dataset else cards.load(spec.dataset)
+        except BenchError as error:
+            tell(f"left out: {label}: {error}; name a card of your own with --dataset")
+            continue
+        found = estimated(spec, card.channels(spec.tasks))
+        if found.peak is None:
+            tell(f"left out: {label}: {found.reason}")
+            continue
+        found.commit = git_state()[0]
+        record = read(item.path)  # as it is by now
+        record.estimate = found
         write_atomically(item.path, record.text())
-        tell(f"estimated {spec.method} on {spec.backbone}")
+        tell(f"estimated {label}")
         filled += 1
     return filled
 

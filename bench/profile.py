@@ -75,9 +75,8 @@ def profile(
     channels = card.channels(cards.choose_tasks(card, tasks))
     size = parse_size(image_size)
     if with_operators:
-        os.environ.setdefault(
-            "KINETO_LOG_LEVEL", "99"
-        )  # torch's profiler announces itself on standard error; read once
+        # Read once, when torch is imported: its profiler would announce itself on standard error.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
     import torch
     from accelerate import Accelerator
@@ -189,6 +188,8 @@ def show_operators(profiles: list[Profile], most: int, on_gpu: bool, console: Co
     """The `most` expensive operators of each method's step, and how much of the step a GPU was busy with them all."""
     for each in profiles:
         if not each.operators:
+            if each.name != FLOOR:
+                console.print(escape(f"{each.name}: torch's profiler saw no operator's time"), style="italic")
             continue
         total = sum(operator.seconds for operator in each.operators)
         title = f"{each.name}: where a step goes"

@@ -157,6 +157,7 @@ class Estimated(Part):
     backward: int | None = None
     evaluation: int | None = None  # bytes
     reason: str = ""  # why there is none
+    commit: str | None = None  # of the code that made it, where that was later than the record
 
 
 class Record(Part):

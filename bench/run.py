@@ -130,6 +130,10 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
         measure_efficiency()
     if spec.steps == 0:
         return
+
+    from bench.train.evaluation import evaluate
+    from bench.train.floor import best_constants, best_maps, score_floors, sum_labels
+
     record.tuned = job.tuned
     if job.tuned is not None and job.tuned.rate is None:
         diverged = all(each.status == "diverged" for each in job.tuned.tried)
@@ -176,9 +180,6 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     )
     record.provenance.earlier_commits = [c for c in progress.commits if c != record.provenance.commit]
     record.history, record.loader_wait, record.cosines = progress.history, progress.loader_wait, progress.cosines
-
-    from bench.train.evaluation import evaluate
-    from bench.train.floor import best_constants, best_maps, score_floors, sum_labels
 
     emit("phase", name="evaluate")
     if spec.trial is None:

@@ -57,7 +57,8 @@ def forget_other_code(job: Job) -> None:
     except BenchError:
         made = None
     same = made is not None and made.status == "interrupted" and made.provenance is not None
-    if not (same and commit and not dirty and made.provenance.commit == commit and not made.provenance.dirty):
+    known = dirty is False and same and made.provenance.dirty is False  # None: nobody looked
+    if not (known and commit and made.provenance.commit == commit):
         job.checkpoint_path.unlink(missing_ok=True)
 
 

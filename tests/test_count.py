@@ -46,6 +46,14 @@ def test_all_leaves_out_what_cannot_run():
         count.counts("mtlora", "pvt_v2_b0", "scenes", None, (64, 64))
 
 
+def test_a_backbone_that_cannot_take_the_size_costs_all_no_other_backbone():
+    shown = invoke("--methods", "all,-ditask", "--backbone", "resnet18,dinov2_small", "--image-size", "256")
+    assert shown.exit_code == 0 and "bitfit" in shown.stdout
+    assert "left out: " in shown.stderr and "256" in shown.stderr and "vit_small" in shown.stderr
+    refused = invoke("--methods", "bitfit", "--backbone", "resnet18,dinov2_small", "--image-size", "256")
+    assert refused.exit_code == 2 and "256" in refused.stderr
+
+
 def test_markdown():
     table = pd.DataFrame({"backbone": ["b", "b"], "method": ["x", "y[r=2]"], "published": [1.234, float("nan")]})
     assert count.markdown(table).splitlines() == [

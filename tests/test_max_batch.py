@@ -12,6 +12,7 @@ from bench import max_batch, recipe
 from bench.cli import app
 from bench.errors import BenchError
 from bench.grid import Device
+from bench.measure import probe
 from bench.measure.probe import Answer, Request
 
 GIB = 2**30
@@ -54,6 +55,18 @@ def test_a_small_batch_fits_and_a_huge_one_does_not():
 def test_what_fails_for_another_reason_is_told_and_not_taken_for_memory(monkeypatch):
     with pytest.raises(BenchError, match="a batch of 3: MethodError: .*cannot run on resnet18"):
         max_batch._ask(request(3, method="mtlora", backbone="resnet18"), Device("cpu"))
+
+
+@pytest.mark.parametrize(("cuda", "batch_size", "memory"), [(True, 8, True), (True, 1, False), (False, 8, False)])
+def test_what_libraries_say_at_the_limit_is_memory_on_a_gpu_alone(monkeypatch, cuda, batch_size, memory):
+    """And not where a single image fails: that one is always tried first."""
+
+    def fails(*_):
+        raise RuntimeError("GET was unable to find an engine to execute this computation")
+
+    monkeypatch.setattr("bench.measure.models.random_model", fails)
+    found = probe.answer(request(batch_size, cuda=cuda, limit=None))
+    assert not found.fits and (found.error == "") == memory
 
 
 def test_a_row_says_what_was_found_or_why_nothing(monkeypatch, tmp_path):

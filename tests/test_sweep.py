@@ -14,9 +14,10 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from bench import grid, run, sweep
+from bench import grid, resources, run, sweep
 from bench import record as records
 from bench.cli import app
+from bench.measure import provenance
 from bench.record import Failure
 
 STEPS = 60
@@ -181,8 +182,35 @@ def test_an_estimate_that_was_left_out_is_filled_in_later(killed, tmp_path):
     stamp = kept.stat().st_mtime_ns
     done = bench("estimate", "--records", tmp_path)
     assert done.exit_code == 0 and "1 record filled in" in done.stdout and "half.json" in done.stderr
-    assert found_readable(tmp_path) == whole and kept.stat().st_mtime_ns == stamp
+    filled = found_readable(tmp_path)
+    assert filled[0].estimate.commit == provenance.git_state()[0]
+    filled[0].estimate.commit = None
+    assert filled == whole and kept.stat().st_mtime_ns == stamp
     assert "0 records filled in" in bench("estimate", "--records", tmp_path).stdout
+
+
+def test_estimates_are_filled_in_where_they_can_be(killed, tmp_path):
+    """Of a card of one's own where it is named; and what cannot be estimated stays without, for another time."""
+    made = killed["after"][0].model_copy(update={"estimate": None})
+
+    def variant(**changes):
+        return made.model_copy(update={"spec": made.spec.model_copy(update=changes)}).write(tmp_path / "runs")
+
+    street, gone, plain = variant(dataset="street"), variant(method="gone_method"), variant(seed=7)
+    card = tmp_path / "street.yaml"
+    card.write_text((resources.folder("datasets") / "scenes.yaml").read_text().replace("name: scenes", "name: street"))
+    first = bench("estimate", "--records", tmp_path / "runs")
+    assert "1 record filled in" in first.stdout and "--dataset" in first.stderr and "gone_method" in first.stderr
+    second = bench("estimate", "--records", tmp_path / "runs", "--dataset", card)
+    assert "1 record filled in" in second.stdout
+    assert [records.read(path).estimate is None for path in (street, gone, plain)] == [False, True, False]
+    assert records.read(plain).estimate.commit == provenance.git_state()[0]
+
+
+@pytest.mark.parametrize("more", [("--methods", "ours"), ("--gpu", "24GB"), ("--markdown",), ("--image-size", "448")])
+def test_what_the_records_say_themselves_is_not_asked_for(killed, more):
+    done = bench("estimate", "--records", killed["out"], *more)
+    assert done.exit_code == 2 and f"leave {more[0]} out" in done.stderr
 
 
 def test_the_same_seed_gives_the_same_figures(killed):
@@ -253,6 +281,8 @@ def test_nothing_but_the_record_and_what_was_trained_is_left_in_the_end(resumed)
         ("interrupted", "before", False, False, False),
         ("interrupted", "now", True, False, False),
         ("interrupted", "now", False, True, False),
+        ("interrupted", "now", None, None, False),  # a copy of the tree: nobody knows what was edited in it
+        ("interrupted", "now", None, False, False),
         ("failed", "now", False, False, False),
         (None, "now", False, False, False),
     ],

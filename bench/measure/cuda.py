@@ -8,10 +8,10 @@ from bench.spec import Precision
 
 
 def set_up(precision: Precision, cudnn_benchmark: bool = False) -> None:
-    """TF32 as the precision says, cuDNN's choice of algorithms as asked, and one attention kernel for all methods.
+    """TF32 as the precision says, cuDNN's choice of algorithms as asked, and no attention of cuDNN's.
 
-    In half precision newer torch prefers cuDNN's attention, which takes no bias that is trained: methods that train one
-    would run on another kernel than those that do not, and the difference would count as theirs.
+    In half precision newer torch prefers that one, and it takes no bias that is trained: methods that train one would
+    run on another kernel than those that do not, and the difference would count as theirs.
     """
     torch.backends.cudnn.benchmark = cudnn_benchmark
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"

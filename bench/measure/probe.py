@@ -16,7 +16,7 @@ from bench.recipe import Recipe
 from bench.spec import MemoryUse, Precision, Protocol
 
 STEPS = 2  # the first makes the optimizer's moments
-# What cuDNN and cuBLAS say where they get no memory of their own; after a smaller batch that fit it means no more.
+# What cuDNN and cuBLAS say where they get no memory of their own. Of a batch of one it would mean something else.
 NEAR_THE_LIMIT = ("unable to find an engine", "CUBLAS_STATUS_NOT_INITIALIZED")
 
 
@@ -77,7 +77,8 @@ def answer(request: Request) -> Answer:
         clock.wait()
     except Exception as error:
         status, failure = classify(error)
-        memory = status == "out_of_memory" or (request.cuda and any(sign in str(error) for sign in NEAR_THE_LIMIT))
+        near = request.cuda and request.batch_size > 1 and any(sign in str(error) for sign in NEAR_THE_LIMIT)
+        memory = near or status == "out_of_memory"
         return Answer(fits=False, error="" if memory else f"{failure.kind}: {failure.message}")
     peak = torch.cuda.max_memory_allocated() if request.cuda else resident_peak()
     if request.limit is not None and peak > request.limit:  # the kernel counts private memory, not all that is resident

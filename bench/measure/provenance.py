@@ -89,11 +89,10 @@ def slug(name: str) -> str:
 def git_state() -> tuple[str | None, bool | None]:
     """Commit of the source tree, and whether it holds code or cards beyond it, a new method's file included.
 
-    Without its repository, as on a cluster, the commit that BENCH_COMMIT names; else, and for an installed package,
-    (None, None).
+    Without a repository, as in a copy of the tree or an installed package: what BENCH_COMMIT names, and None.
     """
     if not (ROOT / ".git").exists():
-        return os.environ.get("BENCH_COMMIT"), None
+        return os.environ.get("BENCH_COMMIT") or None, None
     try:
         commit, status = (
             subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True, timeout=10, check=True).stdout

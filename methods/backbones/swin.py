@@ -12,6 +12,7 @@ with any of its linears replaced by the method's own. Maps are (B, H, W, C) insi
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,18 @@ def into_windows(block: nn.Module, x: Tensor) -> Tensor:
     return _WINDOWS.window_partition(x, block.window_size).view(-1, block.window_area, channels)
 
 
+class _WantsGradient(torch.autograd.Function):
+    """The first tensor as it is; gradients are taken through it where the second wants one, and thrown away."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, other: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        return None, None
+
+
 def attend(block: nn.Module, qkv: Tensor, prompts: int = 0) -> Tensor:
     """Window attention with relative position bias and shift mask; no output projection.
 
@@ -44,7 +57,7 @@ def attend(block: nn.Module, qkv: Tensor, prompts: int = 0) -> Tensor:
     bias = F.pad(attention._get_rel_pos_bias(), (prompts, 0, prompts, 0))  # (1, heads, N, N)
     if bias.requires_grad and not qkv.requires_grad:
         # CUDA's fused attention prepares a backward where a query, key or value wants gradients, not where a bias does.
-        query = query.detach().requires_grad_()
+        query = _WantsGradient.apply(query, bias)
     if block.attn_mask is None:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
         return out.transpose(1, 2).reshape(batch, tokens, -1)

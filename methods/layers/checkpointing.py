@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from methods.backbones.base import TransformerBackbone
@@ -34,13 +33,13 @@ def checkpoint_activations(model: nn.Module) -> None:
             if inside[0] or not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
             again = _Again(module, _get_current_function_mode_stack())
-            # Of its arguments `checkpoint` asks each tensor for its device's random state, so it gets to see one.
-            first = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)][:1]
             return checkpoint(
-                lambda *_: once(*args, **kwargs),
-                *first,
+                once,
+                *args,
                 use_reentrant=False,
+                preserve_rng_state=False,  # `again` does: `checkpoint` would ask a GPU for it once a tensor of `args`
                 context_fn=lambda: (nullcontext(), again),
+                **kwargs,
             )
 
         def once(*args: Any, **kwargs: Any) -> Any:
@@ -71,11 +70,13 @@ def _units(module: nn.Module) -> Iterator[nn.Module]:
 
 
 class _Again:
-    """For a recomputation, which may come several times: torch's function modes are those of the forward, and a batch
-    norm must not update its running statistics once more."""
+    """For a recomputation, which may come several times: torch's function modes and random numbers are those of the
+    forward, and a batch norm must not update its running statistics once more."""
 
     def __init__(self, module: nn.Module, modes: list[TorchFunctionMode]) -> None:
         self.module, self.modes = module, modes
+        self.gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        self.random = torch.get_rng_state(), [torch.cuda.get_rng_state(gpu) for gpu in self.gpus]
 
     def __enter__(self) -> None:
         norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
@@ -83,6 +84,11 @@ class _Again:
         for norm in norms:
             norm.momentum = 0.0
         self.stack = ExitStack()
+        self.stack.enter_context(torch.random.fork_rng(self.gpus))
+        on_cpu, on_gpus = self.random
+        torch.set_rng_state(on_cpu)
+        for gpu, state in zip(self.gpus, on_gpus, strict=True):
+            torch.cuda.set_rng_state(state, gpu)
         for mode in self.modes:
             self.stack.enter_context(mode)
 

@@ -6,12 +6,11 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from methods.backbones.base import TransformerBackbone
 from methods.backbones.load import WeightSource, full_name, load_backbone
-from methods.layers import checkpointing
 from methods.layers.checkpointing import checkpoint_activations
 from methods.model import Setting
 from methods.registry import all_methods, parse
@@ -160,24 +159,38 @@ def test_a_backbone_a_task_is_no_unit_as_a_whole(build):
     assert units and not any(isinstance(part, TransformerBackbone) for unit in units for part in unit.modules())
 
 
-def test_checkpoint_is_shown_one_tensor_alone(monkeypatch):
-    """It saves a GPU's random state once for every tensor among its arguments."""
-    shown = []
+class Noisy(nn.Module):
+    """A unit that draws random numbers and takes tensors in several places."""
 
-    def watch(function, *args, **kwargs):
-        shown.append(args)
-        return checkpoint(function, *args, **kwargs)
+    def forward(self, x, others, *, scale):
+        return scale * (F.dropout(x, 0.5) + sum(others.values()))
 
-    monkeypatch.setattr(checkpointing, "checkpoint", watch)
 
-    class Sum(nn.Module):
-        def forward(self, x, others, *, scale):
-            return scale * (x + sum(others.values()))
+def test_random_numbers_are_those_of_the_forward_and_none_are_used_up():
+    found = []
+    for low in (False, True):
+        model = nn.Module()
+        model.parts = nn.ModuleList([Noisy()])
+        if low:
+            checkpoint_activations(model)
+        torch.manual_seed(3)
+        x, a, scale = (torch.full((50,), value, requires_grad=True) for value in (2.0, 3.0, 7.0))
+        out = model.parts[0](x, {"a": a}, scale=scale)
+        between = torch.rand(3)
+        out.sum().backward()
+        found.append([out.detach(), x.grad, a.grad, scale.grad, between, torch.rand(3)])
+    assert {0.0, 14.0} == set(found[0][1].tolist())
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
+
+def test_an_argument_that_was_overwritten_meanwhile_is_no_wrong_gradient():
     model = nn.Module()
-    model.parts = nn.ModuleList([Sum()])
+    model.parts = nn.ModuleList([Noisy()])
     checkpoint_activations(model)
-    x, a, b, scale = (torch.tensor(float(value), requires_grad=True) for value in (2, 3, 5, 7))
-    model.parts[0](x, {"a": a, "b": b}, scale=scale).backward()
-    assert [each.grad.item() for each in (x, a, b, scale)] == [7, 7, 7, 10]
-    assert len(shown) == 1 and len(shown[0]) == 1 and shown[0][0] is x
+    x, y = torch.ones(5, requires_grad=True), torch.ones(5, requires_grad=True).clone()
+    out = model.parts[0](y, {}, scale=x)
+    with torch.no_grad():
+        y.mul_(10)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        out.sum().backward()
