@@ -245,9 +245,10 @@ def _notes(group: Group, table: pd.DataFrame, against: str) -> list[str]:
     seeds = table[tables.SEEDS].dropna()
     if (seeds > 1).any():
         notes.append(
-            "Figures are means over the seeds; ± is half of the mean's 95 % confidence interval (Student's t). Of "
-            "Δm it is over the seeds that the baseline has too, each against the baseline's run of that seed; where "
-            "those are fewer than two, the baseline's own noise is not in it."
+            "Figures are means over the seeds, and Δm is against the baseline's mean over all of its; ± is half of the "
+            "mean's 95 % confidence interval (Student's t). Of Δm it is over the seeds that the baseline has too, each "
+            "against the baseline's run of that seed; where those are fewer than two, the baseline's own noise is not "
+            "in it."
         )
     if tables.P_VALUE in table:
         notes.append("p: two-sided paired t-test over seeds of Δm against the best other row with three; uncorrected.")
