@@ -1,11 +1,12 @@
-"""`bench profile --find-max-batch`: the largest batch that trains, found by trying, each try in a fresh process."""
+"""`bench profile --find-max-batch`: the largest batch that trains, found by trying, a try a process of its own."""
 
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import pandas as pd
@@ -15,12 +16,12 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
+from bench import processes
 from bench import recipe as recipes
 from bench.data import card as cards
 from bench.errors import BenchError
 from bench.grid import Device, one_of, parse_size
 from bench.spec import MemoryUse, Precision, Protocol
-from bench.sweep import device_environment
 
 if TYPE_CHECKING:
     from bench.measure.probe import Answer, Request
@@ -106,21 +107,26 @@ def table(
 
 def _ask(request: Request, place: Device) -> Answer:
     """Raises BenchError for a failure that is not one of memory."""
-    from bench.measure.probe import Answer
+    from bench.measure.probe import Answer, reply
 
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.measure.probe"],
-        input=request.model_dump_json(),
-        capture_output=True,
-        text=True,
-        env=device_environment(bool(place.name), place.index),
-    )
-    if done.returncode == -signal.SIGKILL:  # so the system kills when memory runs out
-        return Answer(fits=False)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise BenchError(f"a batch of {request.batch_size} ended with code {done.returncode}: {last}")
-    answer = Answer.model_validate_json(done.stdout)
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        process, heard = processes.start(reply, request, log, processes.environment(bool(place.name), place.index))
+        try:
+            answer = heard.recv()
+        except EOFError:
+            answer = None
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            process.join()
+            heard.close()
+        if answer is None and process.exitcode == -signal.SIGKILL:  # so the system kills when memory runs out
+            return Answer(fits=False)
+        if answer is None:
+            last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"])[-1]
+            raise BenchError(f"a batch of {request.batch_size} ended with code {process.exitcode}: {last}")
     if answer.error:
         raise BenchError(f"a batch of {request.batch_size}: {answer.error}")
     return answer

@@ -1,20 +1,14 @@
-"""One cell, from spec to record, in a process of its own: `python -m bench.run JOB.json`.
-
-Progress goes to standard output as one JSON object a line; everything else that is printed goes to standard error.
-"""
+"""One cell, from spec to record."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import redirect_stdout
-from pathlib import Path
+from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Literal
 
 from bench.data import card as cards
@@ -251,15 +245,14 @@ def blank_record(job: Job) -> Record:
     return Record(status="interrupted", spec=job.spec, method=method_info(job.spec.method), provenance=about)
 
 
-def main() -> None:
-    job = Job.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    channel = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what C libraries print does not belong between the events
+def run_in_process(job: Job, told: Connection) -> None:
+    """The cell with its record, in the process that it has to itself. Progress is sent through `told`, an event a dict.
+    Exits with 130 where the cell was interrupted."""
 
     def emit(event: str, **values: Any) -> None:
         try:
-            channel.write(json.dumps({"event": event, **values}) + "\n")
-        except BrokenPipeError:  # nobody listens any more: stop in an orderly way, with a checkpoint
+            told.send({"event": event, **values})
+        except OSError:  # nobody listens any more: stop in an orderly way, with a checkpoint
             raise KeyboardInterrupt from None
 
     def stop(number: int, frame: object) -> None:
@@ -268,21 +261,17 @@ def main() -> None:
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     started = time.monotonic()
-    with redirect_stdout(sys.stderr):
-        record = blank_record(job)
-        try:
-            run_cell(job, record, emit)
-            record.status = "ok"
-        except (Exception, KeyboardInterrupt) as error:
-            record.status, record.failure = classify(error)
-        for number in (signal.SIGINT, signal.SIGTERM):  # from here on there is nothing to interrupt but the writing
-            signal.signal(number, signal.SIG_IGN)
-        record.provenance.seconds = round(time.monotonic() - started, 1)
-        record.write(job.out)
+    record = blank_record(job)
+    try:
+        run_cell(job, record, emit)
+        record.status = "ok"
+    except (Exception, KeyboardInterrupt) as error:
+        record.status, record.failure = classify(error)
+    for number in (signal.SIGINT, signal.SIGTERM):  # from here on there is nothing to interrupt but the writing
+        signal.signal(number, signal.SIG_IGN)
+    record.provenance.seconds = round(time.monotonic() - started, 1)
+    record.write(job.out)
     if record.status in ("ok", "diverged"):
         job.checkpoint_path.unlink(missing_ok=True)
-    sys.exit(130 if record.status == "interrupted" else 0)
-
-
-if __name__ == "__main__":
-    main()
+    if record.status == "interrupted":
+        sys.exit(130)

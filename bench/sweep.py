@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from rich.console import Console
@@ -25,12 +23,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from bench import processes
 from bench import record as records
 from bench.errors import BenchError
 from bench.measure import provenance
 from bench.record import Failure, Record
-from bench.resources import ROOT
-from bench.run import blank_record
+from bench.run import blank_record, run_in_process
 from bench.spec import Job
 from bench.tuning import choose, score, trials
 
@@ -162,64 +160,38 @@ def _try(trial: Job, label: str, progress: Progress, console: Console, retry: bo
 
 def _run_one(job: Job, progress: Progress, line: TaskID) -> Record:
     job.record_path.parent.mkdir(parents=True, exist_ok=True)
-    environment = cell_environment(job)
-    with tempfile.TemporaryDirectory() as folder, open(job.log_path, "w", encoding="utf-8") as log:
-        request = Path(folder, "job.json")
-        request.write_text(job.model_dump_json(), encoding="utf-8")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "bench.run", str(request)],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=environment,
-            start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on in an orderly way
-        )
-        try:
-            for text in process.stdout:
-                _show(json.loads(text), progress, line)
-            process.wait()
-        except BaseException:
-            progress.update(line, note="stopping after this step")
-            _stop(process)
-            if process.returncode not in (0, 130):  # it could not write its own record
-                _crashed(job, process.returncode, "interrupted").write(job.out)
-            raise
-    if process.returncode == 0:
+    environment = processes.environment(job.spec.device_kind == "cuda", job.device_index)
+    process, heard = processes.start(run_in_process, job, job.log_path, environment)
+    try:
+        with suppress(EOFError):
+            while True:
+                _show(heard.recv(), progress, line)
+        process.join()
+    except BaseException:
+        progress.update(line, note="stopping after this step")
+        _stop(process)
+        if process.exitcode not in (0, 130):  # it could not write its own record
+            _crashed(job, process.exitcode, "interrupted").write(job.out)
+        raise
+    finally:
+        heard.close()
+    if process.exitcode == 0:
         job.log_path.unlink(missing_ok=True)
-    if process.returncode in (0, 130):  # 130: the cell itself was interrupted, by somebody else's signal
+    if process.exitcode in (0, 130):  # 130: the cell itself was interrupted, by somebody else's signal
         return records.read(job.record_path)
-    crashed = _crashed(job, process.returncode, "failed")
+    crashed = _crashed(job, process.exitcode, "failed")
     crashed.write(job.out)
     return crashed
 
 
-def cell_environment(job: Job) -> dict[str, str]:
-    return device_environment(job.spec.device_kind == "cuda", job.device_index)
-
-
-def device_environment(cuda: bool, index: int) -> dict[str, str]:
-    """Environment of a measuring process: this bench is the one it imports, and its GPU the only one it sees.
-
-    On a CPU, idle OpenMP threads sleep instead of spinning: next to any other busy program, spinning makes a step
-    about eight times slower, sleeping about twice; alone on the machine it costs some 7 %.
-    """
-    environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
-    if cuda:
-        visible = [part.strip() for part in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
-        environment["CUDA_VISIBLE_DEVICES"] = visible[index] if visible else str(index)
-    else:
-        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    return environment
-
-
-def _stop(process: subprocess.Popen) -> None:
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(GRACE_SECONDS)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C: now
+def _stop(process: BaseProcess) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGINT)
+    with suppress(KeyboardInterrupt):  # a second Ctrl-C: now
+        process.join(GRACE_SECONDS)
+    if process.exitcode is None:
         process.kill()
-        process.wait()
+        process.join()
 
 
 def _crashed(job: Job, code: int, status: records.Status) -> Record:

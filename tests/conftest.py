@@ -15,6 +15,14 @@ def cache_folder(tmp_path_factory):
     os.environ["BENCH_CACHE"] = str(tmp_path_factory.mktemp("bench-cache"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def evaluation_is_imported_once():
+    """Most cells of the tests evaluate, and torchmetrics takes longer to import than such a cell to run."""
+    from bench import processes
+
+    processes.PRELOADED.append("bench.train.evaluation")
+
+
 @pytest.fixture(scope="session")
 def tasks():
     return {"semseg": 21, "human_parts": 7, "saliency": 1, "normals": 3}

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import grid, run, sweep
+from bench import grid, processes, run, sweep
 from bench.spec import Job
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -34,7 +34,8 @@ def test_a_cell_sees_its_gpu_alone(visible, index, expected, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert sweep.cell_environment(job_on(index, monkeypatch))["CUDA_VISIBLE_DEVICES"] == expected
+    assert processes.environment(cuda=True, index=index)["CUDA_VISIBLE_DEVICES"] == expected
+    assert job_on(index, monkeypatch).device_index == index
 
 
 def test_precisions_that_a_gpu_lacks_are_refused(monkeypatch):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from bench import grid, resources, run, sweep
+from bench import grid, processes, resources, run, sweep
 from bench import record as records
 from bench.cli import app
 from bench.measure import provenance
@@ -72,22 +72,22 @@ def only(out: Path) -> records.Record:
 
 
 def at_step(monkeypatch, number, act):
-    """Call `act(first cell's process)` where a cell reports training step `number`; returns every event seen."""
-    started, seen, popen, show = [], [], subprocess.Popen, sweep._show
+    """Call `act`, or send the first cell's process that signal, where the cell reports training step `number`.
 
-    def start(command, *args, **kwargs):
-        process = popen(command, *args, **kwargs)
-        if "bench.run" in command:  # other libraries start processes too
-            started.append(process)
-        return process
+    Returns every event seen."""
+    started, seen, start, show = [], [], processes.start, sweep._show
+
+    def watched_start(*args):
+        started.append(start(*args))
+        return started[-1]
 
     def watch(event, progress, line):
         seen.append(event)
         show(event, progress, line)
         if "loss" in event and event["step"] == number:
-            act(started[0])
+            act() if callable(act) else len(started) > 1 or os.kill(started[0][0].pid, act)
 
-    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(processes, "start", watched_start)
     monkeypatch.setattr(sweep, "_show", watch)
     return seen
 
@@ -100,7 +100,7 @@ def killed(tmp_path_factory):
     args = (*asked(folder), "--seeds", "0,1", "--out", folder / "runs")
     results = {"out": folder / "runs"}
     with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, 3, lambda process: process.send_signal(signal.SIGKILL))
+        at_step(patch, 3, signal.SIGKILL)
         results["killed"] = bench(*args)
     results["records"] = found(folder / "runs")
 
@@ -234,7 +234,7 @@ def resumed(tmp_path_factory):
         # To this process, as Ctrl-C would: the cell sits in a session of its own. A test run in the background was
         # started with the signal ignored.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        at_step(patch, 12, lambda process: signal.raise_signal(signal.SIGINT))
+        at_step(patch, 12, lambda: signal.raise_signal(signal.SIGINT))
         results["interrupted"] = bench(*args)
         signal.signal(signal.SIGINT, before)
     results["files"] = {path.suffix for path in folder.rglob("runs/**/*") if path.is_file()}
@@ -306,7 +306,7 @@ def test_fresh_goes_on_only_from_a_checkpoint_of_the_same_code(
 def test_fresh_starts_anew_after_a_change(tmp_path, monkeypatch):
     args = (*asked(tmp_path), "--out", tmp_path / "runs")
     with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, 12, lambda process: process.send_signal(signal.SIGTERM))
+        at_step(patch, 12, signal.SIGTERM)
         bench(*args)
     (checkpoint,) = (tmp_path / "runs").rglob("*.safetensors")
     assert only(tmp_path / "runs").status == "interrupted"
@@ -316,15 +316,14 @@ def test_fresh_starts_anew_after_a_change(tmp_path, monkeypatch):
     assert only(tmp_path / "runs").status == "ok"
 
 
-def test_a_second_interrupt_kills_the_cell_at_once():
+def test_a_second_interrupt_kills_the_cell_at_once(monkeypatch):
     class Stubborn:
+        pid, exitcode = -1, None
+
         def __init__(self):
             self.calls = []
 
-        def send_signal(self, number):
-            self.calls.append(number)
-
-        def wait(self, timeout=None):
+        def join(self, timeout=None):
             if timeout:
                 raise KeyboardInterrupt
 
@@ -332,8 +331,9 @@ def test_a_second_interrupt_kills_the_cell_at_once():
             self.calls.append("kill")
 
     process = Stubborn()
+    monkeypatch.setattr(os, "kill", lambda pid, number: process.calls.append((pid, number)))
     sweep._stop(process)
-    assert process.calls == [signal.SIGINT, "kill"]
+    assert process.calls == [(-1, signal.SIGINT), "kill"]
 
 
 def test_a_loss_that_explodes_is_recorded_as_diverged(tmp_path):

@@ -229,7 +229,7 @@ def test_no_rate_that_works_is_a_diverged_cell_with_its_cost(tmp_path):
 def test_a_killed_trial_fails_its_cell_until_it_is_tried_again(tmp_path):
     args = (*asked(tmp_path, **(TUNED | {"steps": 40})), "--out", tmp_path / "runs")
     with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, 3, lambda process: process.send_signal(signal.SIGKILL))
+        at_step(patch, 3, signal.SIGKILL)
         assert bench(*args).exit_code == 1
     tried, (cell,) = parts(tmp_path / "runs")
     assert sorted(r.status for r in tried) == ["failed", "ok"] and cell.status == "failed"
@@ -245,7 +245,7 @@ def test_a_killed_trial_fails_its_cell_until_it_is_tried_again(tmp_path):
 def test_a_trial_that_somebody_else_interrupts_goes_on_the_next_time(tmp_path):
     args = (*asked(tmp_path, **(TUNED | {"steps": 40})), "--out", tmp_path / "runs")
     with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, 3, lambda process: process.send_signal(signal.SIGTERM))
+        at_step(patch, 3, signal.SIGTERM)
         assert bench(*args).exit_code == 1
     _, (cell,) = parts(tmp_path / "runs")
     assert cell.status == "interrupted" and not cell.metrics
@@ -260,7 +260,7 @@ def test_running_anew_loses_nothing_to_an_interrupted_trial(tmp_path):
     assert bench(*args).exit_code == 0
     _, (before,) = parts(tmp_path / "runs")
     with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, 3, lambda process: process.send_signal(signal.SIGTERM))
+        at_step(patch, 3, signal.SIGTERM)
         assert bench(*args, "--fresh").exit_code == 1
     _, (after,) = parts(tmp_path / "runs")
     assert after == before

@@ -1,13 +1,9 @@
-"""Whether a batch fits, tried in a process of its own: `python -m bench.measure.probe < request.json`.
-
-The answer is one JSON object on standard output, an Answer.
-"""
+"""Whether a batch fits, tried in a process of its own."""
 
 from __future__ import annotations
 
-import os
 import resource
-import sys
+from multiprocessing.connection import Connection
 
 from pydantic import BaseModel
 
@@ -96,12 +92,5 @@ def _limit(size: int, cuda: bool) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (size, size))
 
 
-def main() -> None:
-    request = Request.model_validate_json(sys.stdin.read())
-    channel = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    print(answer(request).model_dump_json(), file=channel, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def reply(request: Request, told: Connection) -> None:
+    told.send(answer(request))

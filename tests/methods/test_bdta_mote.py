@@ -323,8 +323,9 @@ def test_any_divisor_runs(build, r):
 @pytest.mark.parametrize("protocol", ["published", "equal"])
 @pytest.mark.parametrize("options", ["", ",direction=t2g", ",mote=off"])
 def test_the_plain_form_is_the_same_function(build, tasks, protocol, options):
-    """Outputs and gradients of the exact rewritings, with routing noise, against the form without any of them. In double
-    precision: in single, how far rounding takes them apart depends on the processor."""
+    """Outputs and gradients of the exact rewritings, with routing noise, against the form without any of them.
+
+    In double precision: in single, how far rounding takes them apart depends on the processor."""
     found = []
     image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)).double()
     for form in ("fast", "plain"):

@@ -1,0 +1,121 @@
+"""Measuring processes: what they are given, that they are fresh, and what ends them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from bench import processes
+from bench.resources import ROOT
+
+LINUX = pytest.mark.skipif(processes.METHOD != "forkserver", reason="processes are forked on Linux alone")
+
+
+def tell(argument, told):
+    """What a process sees of itself, to whoever started it."""
+    print("heard", argument, flush=True)
+    os.system("echo from another program")
+    import torch
+
+    seen = {"argument": argument, "session": os.getsid(0) == os.getpid(), "variable": os.environ.get("GIVEN")}
+    seen |= {"draw": torch.rand(1).item(), "parent": os.getppid(), "pid": os.getpid(), "seed": torch.initial_seed()}
+    torch.manual_seed(7)
+    told.send(seen)
+
+
+def die(argument, told):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait(argument, told):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the suite runs in the background
+    told.send(os.getpid())
+    signal.pause()
+
+
+def run(target, tmp_path, argument=3, **variables):
+    process, heard = processes.start(target, argument, tmp_path / "log", os.environ | variables)
+    seen = heard.recv()
+    process.join()
+    return process, seen
+
+
+def test_it_is_given_its_argument_its_environment_and_a_session(tmp_path, monkeypatch):
+    monkeypatch.setenv("TAKEN", "1")
+    process, seen = run(tell, tmp_path, {"n": 4}, GIVEN="yes")
+    assert process.exitcode == 0 and seen["argument"] == {"n": 4} and seen["session"] and seen["variable"] == "yes"
+    assert (tmp_path / "log").read_text() == "heard {'n': 4}\nfrom another program\n"
+    assert "GIVEN" not in os.environ and os.environ["TAKEN"] == "1"
+    _, seen = run(tell, tmp_path)
+    assert seen["variable"] is None  # not what the one before was given
+
+
+def test_nothing_is_left_of_the_one_before(tmp_path):
+    (_, first), (_, second) = run(tell, tmp_path), run(tell, tmp_path)
+    assert first["pid"] != second["pid"] and (first["seed"], first["draw"]) == (second["seed"], second["draw"])
+
+
+@LINUX
+def test_one_server_forks_them_all(tmp_path):
+    (_, first), (_, second) = run(tell, tmp_path), run(tell, tmp_path)
+    assert first["parent"] == second["parent"] != os.getpid()
+
+
+def test_one_that_dies_tells_no_more_and_by_what_it_died(tmp_path):
+    process, heard = processes.start(die, None, tmp_path / "log", dict(os.environ))
+    with pytest.raises(EOFError):
+        heard.recv()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_it_hears_an_interrupt(tmp_path):
+    process, heard = processes.start(wait, None, tmp_path / "log", dict(os.environ))
+    os.kill(heard.recv(), signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 1 and "KeyboardInterrupt" in (tmp_path / "log").read_text()
+
+
+def python(code, tmp_path):
+    """The code in an interpreter of its own, with `tmp_path` and this repository to import from."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+
+
+@LINUX
+def test_none_is_forked_from_what_has_touched_a_gpu(tmp_path):
+    """A library that asks for one while it is imported, and the processes are no forks any more."""
+    (tmp_path / "asks.py").write_text("import torch\ntorch.cuda._is_in_bad_fork = lambda: True\n")
+    (tmp_path / "target.py").write_text(
+        "import sys\ndef tell(argument, told):\n    told.send((argument, 'asks' in sys.modules))\n"
+    )
+    code = """
+        import os, pathlib, target
+        from bench import processes
+        processes.PRELOADED = ["asks"]
+        process, heard = processes.start(target.tell, "all", pathlib.Path("log"), dict(os.environ))
+        print(heard.recv())
+    """
+    done = python(code, tmp_path)
+    assert done.stdout == "('all', False)\n", done.stderr
+
+
+def test_what_is_imported_beforehand_asks_for_no_gpu(tmp_path):
+    code = """
+        import importlib, torch
+        from bench import processes
+        asked = []
+        for name in ("is_available", "device_count", "init", "_lazy_init", "current_device", "is_bf16_supported"):
+            setattr(torch.cuda, name, lambda *a, name=name, **k: asked.append(name))
+        for name in processes.PRELOADED:
+            importlib.import_module(name)
+        print(asked, "torchmetrics" in __import__("sys").modules)
+    """
+    done = python(code, tmp_path)
+    assert done.stdout == "[] False\n", done.stderr
