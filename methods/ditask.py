@@ -7,7 +7,8 @@ spectrum: S'_i is S read, by linear interpolation, at phi_theta(i / (p - 1)), wi
 [0, 1] (the paper writes S' = f(S)); the ends of the spectrum never change, and query, key and value are three matrices
 with one theta. A joint theta of `cells` cells on qkv, proj, fc1 and fc2 of every block; task thetas of `task_cells`
 cells on proj, fc1 and fc2 of the last block of each stage, where y_t = W'_t z_t + b with z_t the task's own stream.
-Dropout acts on the shared input. Streams, taps, extras (merging linears too) and decoder are MTLoRA's.
+Dropout acts on the shared input. Streams, taps, extras (merging linears too) and decoder are MTLoRA's, on a plain ViT
+as well.
 
 The released code also allocates task thetas on every qkv and throws their outputs away: they are kept as parameters, as
 they are in the published count, and computed nowhere. The joint thetas of the last block's proj, fc1 and fc2 reach no
@@ -32,8 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.backbones.base import Backbone
-from methods.backbones.swin import SwinBackbone
+from methods.backbones.base import Backbone, OpenTransformer
 from methods.layers.cpab import transform
 from methods.layers.task_streams import (
     Merging,
@@ -41,7 +41,7 @@ from methods.layers.task_streams import (
     TaskStreamEncoder,
     freeze_but_extras,
     probability,
-    require_swin,
+    require_open,
     stochastic_depth,
     taps_after_merging,
     with_family_decoder,
@@ -119,7 +119,11 @@ class DiTASKBlock(TaskBlock):
 
 class DiTASKEncoder(TaskStreamEncoder):
     def __init__(
-        self, backbone: SwinBackbone, blocks: list[list[nn.Module]], mergings: list[Merging], taps_after_merging: bool
+        self,
+        backbone: OpenTransformer,
+        blocks: list[list[nn.Module]],
+        mergings: list[Merging],
+        taps_after_merging: bool,
     ) -> None:
         super().__init__(backbone, blocks, mergings, taps_after_merging)
         self._by_cells: dict[int, list[tuple[DeformedLinear, str | None]]] = {}
@@ -145,23 +149,23 @@ class DiTASKEncoder(TaskStreamEncoder):
 
 
 def build(backbone: Backbone, tasks: Mapping[str, int], options: Options, setting: Setting) -> MultiTaskModel:
-    backbone = require_swin("ditask", backbone)
+    backbone = require_open("ditask", backbone)
     freeze_but_extras(backbone, setting, reductions=True)
     rates = stochastic_depth(backbone, options.drop_path)
     blocks = []
-    for stage in backbone.layers:
+    for stage in backbone.stages:
         blocks.append([])
-        for block in stage.blocks:
+        for block in stage:
 
             def deformed(frozen: nn.Linear, of_tasks: tuple[str, ...], block: nn.Module = block) -> DeformedLinear:
                 if frozen is block.attn.qkv:
                     return DeformedLinear(frozen, options, tuple(tasks), parts=3, unused=True)
                 return DeformedLinear(frozen, options, of_tasks, parts=1, unused=False)
 
-            of_tasks = tuple(tasks) if block is stage.blocks[-1] else ()
+            of_tasks = tuple(tasks) if block is stage[-1] else ()
             blocks[-1].append(DiTASKBlock(block, deformed, of_tasks, next(rates)))
-    mergings = [Merging() for _ in backbone.layers]
-    encoder = DiTASKEncoder(backbone, blocks, mergings, taps_after_merging(setting))
+    mergings = [Merging() for _ in backbone.stages]
+    encoder = DiTASKEncoder(backbone, blocks, mergings, taps_after_merging(backbone, setting))
     return with_family_decoder(encoder, backbone, tasks, setting)
 
 

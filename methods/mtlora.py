@@ -17,6 +17,9 @@ This follows the released code where the paper is open: the scale multiplies dir
 the shared input alone, W x is always of the shared stream, the task output leaves the shared update out ("matrix").
 Under `equal` the four stage outputs are tapped before merging and the extras stay frozen.
 
+The paper knows Swin alone. On a plain ViT, as a reading of ours, the four groups of blocks stand for stages; there is
+nothing to merge, so taps are the groups' outputs.
+
 Made cheaper than released, the same function: torch's fused attention, whose shift mask is not repeated for every image
 of the batch, and W x computed once for the shared output and all tasks (tests/methods/test_swin.py, test_mtlora.py).
 """
@@ -36,6 +39,7 @@ from methods.layers.task_streams import (
     TaskStreamEncoder,
     freeze_but_extras,
     probability,
+    require_open,
     require_swin,
     stochastic_depth,
     taps_after_merging,
@@ -65,7 +69,7 @@ class PlusOptions(Options):
 
 def build(backbone: Backbone, tasks: Mapping[str, int], options: Options, setting: Setting) -> MultiTaskModel:
     plus = isinstance(options, PlusOptions)
-    backbone = require_swin("mtlora_plus" if plus else "mtlora", backbone)
+    backbone = require_swin("mtlora_plus", backbone) if plus else require_open("mtlora", backbone)
     freeze_but_extras(backbone, setting, reductions=not plus)
 
     def lora(linear: nn.Linear, of_tasks: tuple[str, ...]) -> MultiTaskLoRALinear:
@@ -73,11 +77,10 @@ def build(backbone: Backbone, tasks: Mapping[str, int], options: Options, settin
 
     rates = stochastic_depth(backbone, options.drop_path)
     blocks, mergings = [], []
-    for index, stage in enumerate(backbone.layers):
-        mergings.append(Merging(lora(stage.downsample.reduction, ()) if plus and index else None))
-        last = stage.blocks[-1]
-        blocks.append([TaskBlock(b, lora, tuple(tasks) if b is last else (), next(rates)) for b in stage.blocks])
-    encoder = TaskStreamEncoder(backbone, blocks, mergings, taps_after_merging(setting))
+    for index, stage in enumerate(backbone.stages):
+        mergings.append(Merging(lora(backbone.layers[index].downsample.reduction, ()) if plus and index else None))
+        blocks.append([TaskBlock(b, lora, tuple(tasks) if b is stage[-1] else (), next(rates)) for b in stage])
+    encoder = TaskStreamEncoder(backbone, blocks, mergings, taps_after_merging(backbone, setting))
     return with_family_decoder(encoder, backbone, tasks, setting)
 
 

@@ -7,7 +7,8 @@ LoRA on qkv, proj, fc1 and fc2 of every block. Stages 1 and 2: one update for al
 and a stream a group of tasks. Stage 4: an update and a stream a task. Groups: for a few batches of the training data
 each task's loss gradient with respect to the shared updates of stages 1 and 2 is normalised, the pairwise cosines are
 averaged over the batches, and average linkage clusters the tasks; similarity and groups go into the record. Until then
-(when efficiency is measured) tasks are grouped in order. Backbone frozen; taps and decoder of the MTLoRA family.
+(when efficiency is measured) tasks are grouped in order. Backbone frozen; taps and decoder of the MTLoRA family. On a
+plain ViT its four groups of blocks stand for stages.
 
 `groups` is a number of groups, `auto` (half as many as tasks, rounded up) or the groups themselves, e.g.
 `semseg+human_parts-saliency+normals`. Ranks 64, 24 and 16 bring #TP to a fifth of multi-task full fine-tuning, as the
@@ -27,10 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.backbones.base import Backbone
-from methods.backbones.swin import SwinBackbone, attend, into_windows, out_of_windows
+from methods.backbones.base import Backbone, OpenTransformer
 from methods.layers.lora import LowRank
-from methods.layers.task_streams import require_swin, taps_after_merging, with_family_decoder
+from methods.layers.task_streams import require_open, taps_after_merging, with_family_decoder
 from methods.model import Features, MultiTaskModel, Setting
 from methods.registry import Method, MethodError, at_least_one, near, register
 
@@ -55,7 +55,7 @@ class Options:
 
 
 class BlockLoRA(nn.Module):
-    """A Swin block on one stream with a low-rank update of its four linears."""
+    """A block on one stream with a low-rank update of its four linears."""
 
     def __init__(self, block: nn.Module, rank: int, scale: float) -> None:
         super().__init__()
@@ -64,21 +64,21 @@ class BlockLoRA(nn.Module):
             {name: LowRank(linear.in_features, linear.out_features, rank, scale) for name, linear in linears.items()}
         )
 
-    def forward(self, block: nn.Module, x: Tensor) -> Tensor:
+    def forward(self, backbone: OpenTransformer, block: nn.Module, x: Tensor) -> Tensor:
         def updated(name: str, linear: nn.Linear, z: Tensor) -> Tensor:
             return linear(z) + self.updates[name](z)
 
-        windows = attend(block, updated("qkv", block.attn.qkv, into_windows(block, block.norm1(x))))
-        x = x + out_of_windows(block, updated("proj", block.attn.proj, windows), x.shape[1:3])
+        attended = backbone.attend(block, updated("qkv", block.attn.qkv, backbone.into_attention(block, x)))
+        x = x + backbone.out_of_attention(block, updated("proj", block.attn.proj, attended), x)
         hidden = block.mlp.act(updated("fc1", block.mlp.fc1, block.norm2(x)))
-        return x + updated("fc2", block.mlp.fc2, hidden)
+        return x + backbone.out_of_mlp(block, updated("fc2", block.mlp.fc2, hidden))
 
 
 class ProgressiveEncoder(nn.Module):
     """`count` groups; `group_of_task` (K,) says which group each task is in."""
 
     def __init__(
-        self, backbone: SwinBackbone, tasks: Sequence[str], groups: list[int], options: Options, merged_taps: bool
+        self, backbone: OpenTransformer, tasks: Sequence[str], groups: list[int], options: Options, merged_taps: bool
     ) -> None:
         super().__init__()
         self.backbone = backbone.freeze()
@@ -90,7 +90,7 @@ class ProgressiveEncoder(nn.Module):
         self.register_load_state_dict_post_hook(lambda encoder, _: encoder.read_groups())
 
         def stage(index: int, rank: int) -> nn.ModuleList:
-            return nn.ModuleList(BlockLoRA(b, rank, options.scale) for b in backbone.layers[index].blocks)
+            return nn.ModuleList(BlockLoRA(b, rank, options.scale) for b in backbone.stages[index])
 
         self.shared = nn.ModuleList(stage(index, options.rank) for index in (0, 1))
         self.grouped = nn.ModuleList(stage(2, options.group_rank) for _ in range(self.count))
@@ -100,19 +100,19 @@ class ProgressiveEncoder(nn.Module):
         self.groups = self.group_of_task.tolist()
 
     def forward(self, image: Tensor) -> Features:
-        layers = self.backbone.layers
+        backbone = self.backbone
 
         def run(index: int, updates: nn.ModuleList, x: Tensor) -> Tensor:
-            for block, own in zip(layers[index].blocks, updates, strict=True):
-                x = own(block, x)
+            for block, own in zip(backbone.stages[index], updates, strict=True):
+                x = own(backbone, block, x)
             return x
 
-        first = run(0, self.shared[0], self.backbone.embed(image))
-        merged_first = layers[1].downsample(first)
+        first = run(0, self.shared[0], backbone.embed(image))
+        merged_first = backbone.enter(1, first)
         second = run(1, self.shared[1], merged_first)
-        merged_second = layers[2].downsample(second)
+        merged_second = backbone.enter(2, second)
         third = [run(2, updates, merged_second) for updates in self.grouped]
-        merged_third = [layers[3].downsample(x) for x in third]
+        merged_third = [backbone.enter(3, x) for x in third]
         features = {}
         for task, group in zip(self.tasks, self.groups, strict=True):
             last = run(3, self.per_task[task], merged_third[group])
@@ -120,7 +120,7 @@ class ProgressiveEncoder(nn.Module):
                 streams = [merged_first, merged_second, merged_third[group], last]
             else:
                 streams = [first, second, third[group], last]
-            features[task] = [x.permute(0, 3, 1, 2) for x in streams]
+            features[task] = [backbone.output(stage, x) for stage, x in enumerate(streams)]
         return Features(features)
 
     def group_tasks(self, losses: Iterable[Mapping[str, Tensor]]) -> dict[str, Any]:
@@ -181,9 +181,9 @@ def initial_groups(text: str, tasks: Sequence[str]) -> list[int]:
 
 
 def build(backbone: Backbone, tasks: Mapping[str, int], options: Options, setting: Setting) -> MultiTaskModel:
-    backbone = require_swin("progressive", backbone)
+    backbone = require_open("progressive", backbone)
     groups = initial_groups(options.groups, list(tasks))
-    encoder = ProgressiveEncoder(backbone, list(tasks), groups, options, taps_after_merging(setting))
+    encoder = ProgressiveEncoder(backbone, list(tasks), groups, options, taps_after_merging(backbone, setting))
     return with_family_decoder(encoder, backbone, tasks, setting, prepare=encoder.group_tasks)
 
 

@@ -1,4 +1,4 @@
-"""TADFormer: task-adaptive dynamic filters and prompts in a Swin Transformer.
+"""TADFormer: task-adaptive dynamic filters and prompts in a transformer.
 
 Paper: Baek et al., "TADFormer: Task-Adaptive Dynamic TransFormer for Efficient Multi-Task Learning", CVPR 2025.
 
@@ -16,6 +16,10 @@ Filter      dynamic: one a layer, made from each sample, as in the paper (publis
             channels and positions swapped; that is not followed.
 Extras, taps and decoder are MTLoRA's, but for the merging linears, which stay frozen. The norm of LN(m_t + f) is
 allocated in every block and used in the last ones alone, as released and counted.
+
+The paper knows Swin alone. On a plain ViT, as a reading of ours, the four groups of blocks stand for stages: the whole
+map is one window, class and register tokens pass the low-rank factors without the filter, prompts go from group to
+group as they are, and taps are the groups' outputs.
 Count       dynamic Swin-T 7,379,262, B 15,812,796, static S 11,717,454: exact.
 
 Made cheaper than released, the same function: torch's fused attention for all tokens, the prompts' raw logits apart and
@@ -25,7 +29,9 @@ times channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,15 +39,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.backbones.base import Backbone
-from methods.backbones.swin import SwinBackbone, attend, into_windows, out_of_windows, split_heads, with_prompts
+from methods.backbones.base import Backbone, Change, OpenTransformer, split_heads
+from methods.backbones.swin import with_prompts
 from methods.backbones.timm_import import timm
 from methods.layers.lora import LowRank
 from methods.layers.low_rank_filter import DynamicFilter, StaticFilter
 from methods.layers.task_streams import (
     freeze_but_extras,
     probability,
-    require_swin,
+    require_open,
     stochastic_depth,
     taps_after_merging,
     with_family_decoder,
@@ -79,15 +85,14 @@ class TADLinear(nn.Module):
         base, dropped = frozen(x), self.dropout(x)
         return base, base + self.shared(dropped), dropped
 
-    def update(self, task: str, z: Tensor) -> Tensor:
-        """s B filter(A z) of a map z (N, H, W, in) -> (N, H, W, out)."""
-        low = F.linear(z, self.shared.down)
-        filtered = self.filter(low) if self.filter is not None else self.per_task[task](low)
+    def update(self, task: str, z: Tensor, on_maps: Callable[[Tensor, Change], Tensor]) -> Tensor:
+        """s B filter(A z), (..., in) -> (..., out); `on_maps(tokens, filter)` filters them where they have places."""
+        filtered = on_maps(F.linear(z, self.shared.down), self.per_task[task] if self.filter is None else self.filter)
         return F.linear(self.shared.scale * filtered, self.shared.up)
 
 
 class TADBlock(nn.Module):
-    """One Swin block with prompts; `tasks` is empty except in a stage's last block."""
+    """One block with prompts; `tasks` is empty except in a stage's last block."""
 
     def __init__(
         self, block: nn.Module, options: Options, tasks: tuple[str, ...], drop_path: float, is_last: bool
@@ -102,28 +107,29 @@ class TADBlock(nn.Module):
         self.drop_path = timm.layers.DropPath(drop_path)
 
     def forward(
-        self, block: nn.Module, x: Tensor, prompts: Tensor
+        self, backbone: OpenTransformer, block: nn.Module, x: Tensor, prompts: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """x (B, H, W, C), prompts (B, K, C) -> both after the block, task streams out_t and skip features m_t."""
-        size, count = x.shape[1:3], prompts.shape[1]
-        windows = with_prompts(into_windows(block, block.norm1(x)), block.norm1(prompts))
-        _, qkv, _ = self.qkv(block.attn.qkv, windows)
-        base_proj, projected, attended = self.proj(block.attn.proj, attend(block, qkv, count))
+        """Tokens x (B, ..., C), prompts (B, K, C) -> both after the block, task streams out_t and skip features m_t."""
+        count = prompts.shape[1]
+        tokens = with_prompts(backbone.into_attention(block, x), block.norm1(prompts))
+        _, qkv, _ = self.qkv(block.attn.qkv, tokens)
+        base_proj, projected, attended = self.proj(block.attn.proj, backbone.attend(block, qkv, count))
         attended_prompts = projected[:, :count].unflatten(0, (len(x), -1)).mean(1)
-        shared = x + self.drop_path(out_of_windows(block, projected[:, count:].contiguous(), size))
+        shared = x + self.drop_path(backbone.out_of_attention(block, projected[:, count:], x))
         base_fc1, hidden, _ = self.fc1(block.mlp.fc1, block.norm2(shared))
         base_fc2, out, _ = self.fc2(block.mlp.fc2, block.mlp.act(hidden))
         if not self.is_last:
-            prompts = prompts + self.drop_path(self._mlp(block, block.norm2(attended_prompts)))
+            updated = self._mlp(block, block.norm2(attended_prompts))
+            prompts = prompts + self.drop_path(backbone.out_of_mlp(block, updated))
 
         streams, skips = {}, {}
         if self.tasks:
             f = attended[:, count:]
             frozen = base_proj[:, count:], base_fc1, base_fc2
             for task, m in zip(self.tasks, self._modulated(block, qkv, f, count), strict=True):
-                streams[task] = self._stream(block, task, x, frozen, self.norm(m + f))
-                skips[task] = out_of_windows(block, m, size)
-        return shared + self.drop_path(out), prompts, streams, skips
+                streams[task] = self._stream(backbone, block, task, x, frozen, self.norm(m + f))
+                skips[task] = backbone.rejoined(block, m, x)
+        return shared + self.drop_path(backbone.out_of_mlp(block, out)), prompts, streams, skips
 
     def _mlp(self, block: nn.Module, x: Tensor) -> Tensor:
         _, hidden, _ = self.fc1(block.mlp.fc1, x)
@@ -136,19 +142,27 @@ class TADBlock(nn.Module):
         by_head = f.unflatten(-1, (logits.shape[1], -1))  # (B * windows, N, heads, C / heads)
         return [(logits[:, :, t].transpose(1, 2).unsqueeze(-1) * by_head).flatten(2) for t in range(count)]
 
-    def _stream(self, block: nn.Module, task: str, x: Tensor, frozen: tuple[Tensor, ...], f_t: Tensor) -> Tensor:
+    def _stream(
+        self,
+        backbone: OpenTransformer,
+        block: nn.Module,
+        task: str,
+        x: Tensor,
+        frozen: tuple[Tensor, ...],
+        f_t: Tensor,
+    ) -> Tensor:
         """out_t; `frozen` holds W x + b of the shared stream for proj (in windows), fc1 and fc2."""
         base_proj, base_fc1, base_fc2 = frozen
-        window_maps = f_t.unflatten(1, tuple(block.window_size))
-        proj_t = base_proj + self.proj.update(task, window_maps).flatten(1, 2)
-        a_t = x + self.drop_path(out_of_windows(block, proj_t, x.shape[1:3]))
-        hidden_t = block.mlp.act(base_fc1 + self.fc1.update(task, block.norm2(a_t)))
-        return a_t + self.drop_path(base_fc2 + self.fc2.update(task, hidden_t))
+        proj_t = base_proj + self.proj.update(task, f_t, functools.partial(backbone.on_windows, block))
+        a_t = x + self.drop_path(backbone.out_of_attention(block, proj_t, x))
+        hidden_t = block.mlp.act(base_fc1 + self.fc1.update(task, block.norm2(a_t), backbone.on_map))
+        out_t = base_fc2 + self.fc2.update(task, hidden_t, backbone.on_map)
+        return a_t + self.drop_path(backbone.out_of_mlp(block, out_t))
 
 
 class TADFormerEncoder(nn.Module):
     def __init__(
-        self, backbone: SwinBackbone, tasks: Mapping[str, int], options: Options, taps_after_merging: bool
+        self, backbone: OpenTransformer, tasks: Mapping[str, int], options: Options, taps_after_merging: bool
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -157,47 +171,48 @@ class TADFormerEncoder(nn.Module):
         channels = backbone.channels
         start = nn.init.trunc_normal_(torch.empty(len(tasks), channels[0]), mean=1.0, std=1.0)
         self.prompts = nn.ParameterDict(dict(zip(tasks, start, strict=True)))
-        self.widen = nn.ModuleList(nn.Linear(c, 2 * c, bias=False) for c in channels[:-1])
-        for linear in self.widen:
-            nn.init.trunc_normal_(linear.weight, std=0.02)
+        self.widen = nn.ModuleList(
+            nn.Identity() if wide == c else nn.Linear(c, wide, bias=False) for c, wide in itertools.pairwise(channels)
+        )
+        for weight in self.widen.parameters():
+            nn.init.trunc_normal_(weight, std=0.02)
         self.gates = nn.Parameter(torch.zeros(4))
         rates = stochastic_depth(backbone, options.drop_path)
-        last = backbone.layers[-1].blocks[-1]
+        last = backbone.stages[-1][-1]
         self.blocks = nn.ModuleList(
             nn.ModuleList(
-                TADBlock(b, options, self.tasks if b is stage.blocks[-1] else (), next(rates), b is last)
-                for b in stage.blocks
+                TADBlock(b, options, self.tasks if b is stage[-1] else (), next(rates), b is last) for b in stage
             )
-            for stage in backbone.layers
+            for stage in backbone.stages
         )
 
     def forward(self, image: Tensor) -> Features:
-        layers = self.backbone.layers
-        x = self.backbone.embed(image)
+        backbone = self.backbone
+        x = backbone.embed(image)
         # By name: a ParameterDict sorts its keys.
         prompts = torch.stack([self.prompts[task] for task in self.tasks]).expand(len(image), -1, -1)
         features: dict[str, list[Tensor]] = {}
         general = []
         for stage, own_blocks in enumerate(self.blocks):
-            x = layers[stage].downsample(x)
+            x = backbone.enter(stage, x)
             if stage:
                 prompts = self.widen[stage - 1](prompts)
-            for block, own in zip(layers[stage].blocks, own_blocks, strict=True):
-                x, prompts, streams, skips = own(block, x, prompts)
+            for block, own in zip(backbone.stages[stage], own_blocks, strict=True):
+                x, prompts, streams, skips = own(backbone, block, x, prompts)
             gate = self.gates[stage].sigmoid()
             for task, stream in streams.items():
                 mixed = gate * skips[task] + (1 - gate) * stream
-                if self.taps_after_merging and stage + 1 < len(layers):
-                    mixed = layers[stage + 1].downsample(mixed)
-                features.setdefault(task, []).append(mixed.permute(0, 3, 1, 2))
-            general.append(x.permute(0, 3, 1, 2))
+                if self.taps_after_merging and stage < 3:
+                    mixed = backbone.enter(stage + 1, mixed)
+                features.setdefault(task, []).append(backbone.output(stage, mixed))
+            general.append(backbone.output(stage, x))
         return Features(features, general)
 
 
 def build(backbone: Backbone, tasks: Mapping[str, int], options: Options, setting: Setting) -> MultiTaskModel:
-    backbone = require_swin("tadformer", backbone)
+    backbone = require_open("tadformer", backbone)
     freeze_but_extras(backbone, setting)
-    encoder = TADFormerEncoder(backbone, tasks, options, taps_after_merging(setting))
+    encoder = TADFormerEncoder(backbone, tasks, options, taps_after_merging(backbone, setting))
     return with_family_decoder(encoder, backbone, tasks, setting)
 
 

@@ -134,5 +134,50 @@ class TransformerBackbone(Backbone):
         return Pyramid(stem, maps)
 
 
+class OpenTransformer(TransformerBackbone):
+    """Blocks of four linears and an attention between them, for methods that replace the linears. A block reads
+
+        z = backbone.attend(block, block.attn.qkv(backbone.into_attention(block, x)))
+        x = x + backbone.out_of_attention(block, block.attn.proj(z), x)
+        x = x + backbone.out_of_mlp(block, block.mlp.fc2(block.mlp.act(block.mlp.fc1(block.norm2(x)))))
+
+    with any of its linears called through the method's own module. Attention works on (B', N, C), which is B * windows
+    sequences of a window's tokens where there are windows, and B of all tokens where there are none.
+    """
+
+    def into_attention(self, block: nn.Module, x: Tensor) -> Tensor:
+        """Tokens x -> what qkv takes: normed, (B', N, C)."""
+        raise NotImplementedError
+
+    def attend(self, block: nn.Module, qkv: Tensor, prompts: int = 0) -> Tensor:
+        """(B', P + N, 3 * C) -> (B', P + N, C), without the output projection; P prompts first, without a position."""
+        raise NotImplementedError
+
+    def out_of_attention(self, block: nn.Module, out: Tensor, x: Tensor) -> Tensor:
+        """What proj gives, (B', N, C) -> what is added to the residual stream, in the shape of x."""
+        return self.rejoined(block, out, x)
+
+    def rejoined(self, block: nn.Module, tokens: Tensor, x: Tensor) -> Tensor:
+        """(B', N, C) -> the shape of x."""
+        raise NotImplementedError
+
+    def out_of_mlp(self, block: nn.Module, out: Tensor) -> Tensor:
+        """What fc2 gives -> what is added to the residual stream."""
+        return out
+
+    def on_map(self, x: Tensor, function: Change) -> Tensor:
+        """`function` (B, H, W, c) -> (B, H, W, c) on tokens in the shape of x; those without a place stay as is."""
+        raise NotImplementedError
+
+    def on_windows(self, block: nn.Module, tokens: Tensor, function: Change) -> Tensor:
+        """As `on_map`, on tokens (B', N, c) of attention: on each window's map where there are windows."""
+        raise NotImplementedError
+
+
+def split_heads(block: nn.Module, qkv: Tensor) -> Tensor:
+    """(B', N, 3 * C) -> query, key and value (3, B', heads, N, C / heads)."""
+    return qkv.view(*qkv.shape[:2], 3, block.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+
+
 def changed(out: Tensor, change: Change | None) -> Tensor:
     return out if change is None else change(out)

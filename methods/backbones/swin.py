@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.backbones.base import Change, TransformerBackbone, changed
+from methods.backbones.base import Change, OpenTransformer, changed, split_heads
 from methods.backbones.timm_import import timm
 
 _WINDOWS = timm.models.swin_transformer
@@ -77,11 +77,6 @@ def with_prompts(windows: Tensor, prompts: Tensor) -> Tensor:
     return torch.cat([copies, windows], 1)
 
 
-def split_heads(block: nn.Module, qkv: Tensor) -> Tensor:
-    """(B * windows, N, 3 * C) -> query, key and value (3, B * windows, heads, N, C / heads)."""
-    return qkv.view(*qkv.shape[:2], 3, block.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-
-
 def out_of_windows(block: nn.Module, windows: Tensor, size: tuple[int, int]) -> Tensor:
     """(B * windows, N, C) -> (B, H, W, C) with (H, W) = size: the inverse of `into_windows`."""
     (window_h, window_w), (height, width) = block.window_size, size
@@ -98,7 +93,7 @@ def neighbours(merging: nn.Module, x: Tensor) -> Tensor:
     return merging.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3))
 
 
-class SwinBackbone(TransformerBackbone):
+class SwinBackbone(OpenTransformer):
     """A timm SwinTransformer without its final norm and head (Swin-T: 27,517,818 parameters)."""
 
     def __init__(self, name: str, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
@@ -140,13 +135,28 @@ class SwinBackbone(TransformerBackbone):
         return self.layers[stage].downsample(x)
 
     def attention(self, block: nn.Module, x: Tensor, change: Change | None = None) -> Tensor:
-        windows = attend(block, block.attn.qkv(into_windows(block, block.norm1(x))))
-        return x + changed(out_of_windows(block, block.attn.proj(windows), x.shape[1:3]), change)
+        windows = attend(block, block.attn.qkv(self.into_attention(block, x)))
+        return x + changed(self.out_of_attention(block, block.attn.proj(windows), x), change)
 
     def feed_forward(self, block: nn.Module, x: Tensor, change: Change | None = None) -> Tensor:
         # As a sequence: some tuners of linear layers take no maps.
         out = block.mlp(block.norm2(x).flatten(1, 2))
         return x + changed(out.view(x.shape), change)
+
+    def into_attention(self, block: nn.Module, x: Tensor) -> Tensor:
+        return into_windows(block, block.norm1(x))
+
+    def attend(self, block: nn.Module, qkv: Tensor, prompts: int = 0) -> Tensor:
+        return attend(block, qkv, prompts)
+
+    def rejoined(self, block: nn.Module, tokens: Tensor, x: Tensor) -> Tensor:
+        return out_of_windows(block, tokens.contiguous(), x.shape[1:3])
+
+    def on_map(self, x: Tensor, function: Change) -> Tensor:
+        return function(x)
+
+    def on_windows(self, block: nn.Module, tokens: Tensor, function: Change) -> Tensor:
+        return function(tokens.unflatten(1, tuple(block.window_size))).flatten(1, 2)
 
     def output(self, stage: int, x: Tensor) -> Tensor:
         return x.permute(0, 3, 1, 2)

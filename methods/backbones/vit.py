@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.backbones.base import Change, TransformerBackbone, changed
+from methods.backbones.base import Change, OpenTransformer, changed, split_heads
 from methods.registry import MethodError
 
 
-class ViTBackbone(TransformerBackbone):
+class ViTBackbone(OpenTransformer):
     """A timm VisionTransformer (DINOv2, DeiT, CLIP ...); tokens (B, prefix + N, C), class and register tokens first.
 
     Position embeddings are resampled to the image at every call, so that the parameters do not depend on its size.
@@ -60,6 +62,31 @@ class ViTBackbone(TransformerBackbone):
 
     def feed_forward(self, block: nn.Module, x: Tensor, change: Change | None = None) -> Tensor:
         return x + changed(block.ls2(block.mlp(block.norm2(x))), change)
+
+    def into_attention(self, block: nn.Module, x: Tensor) -> Tensor:
+        return block.norm1(x)
+
+    def attend(self, block: nn.Module, qkv: Tensor, prompts: int = 0) -> Tensor:
+        query, key, value = split_heads(block, qkv)
+        attention = block.attn
+        out = F.scaled_dot_product_attention(attention.q_norm(query), attention.k_norm(key), value)
+        return attention.norm(out.transpose(1, 2).flatten(2))
+
+    def out_of_attention(self, block: nn.Module, out: Tensor, x: Tensor) -> Tensor:
+        return block.ls1(out)
+
+    def rejoined(self, block: nn.Module, tokens: Tensor, x: Tensor) -> Tensor:
+        return tokens
+
+    def out_of_mlp(self, block: nn.Module, out: Tensor) -> Tensor:
+        return block.ls2(out)
+
+    def on_map(self, x: Tensor, function: Change) -> Tensor:
+        placed = function(x[:, self.prefix :].unflatten(1, self.grid))
+        return torch.cat([x[:, : self.prefix], placed.flatten(1, 2)], 1)
+
+    def on_windows(self, block: nn.Module, tokens: Tensor, function: Change) -> Tensor:
+        return self.on_map(tokens, function)
 
     def output(self, stage: int, x: Tensor) -> Tensor:
         return self.stem(self.model.norm(x))

@@ -273,7 +273,9 @@ def test_other_transformers(build, tasks, name, make):
     outputs = model.train()(images(2, (48, 64)))
     assert {task: tuple(out.shape) for task, out in outputs.items()} == {t: (2, n, 48, 64) for t, n in tasks.items()}
     sum((out * torch.randn_like(out)).mean() for out in outputs.values()).backward()
-    assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    declared = "|".join(all_methods()[name].unreached)
+    missed = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not [n for n in missed if not declared or not re.search(declared, n)]
     assert model.passes(images(1, (48, 64))) in (1, len(tasks))
 
 

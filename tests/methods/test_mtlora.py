@@ -110,7 +110,7 @@ def test_task_stream_of_a_last_block(build):
         return 4.0 * z @ (low_rank.up @ low_rank.down).T
 
     with torch.no_grad():
-        shared, streams = lora(block, x)
+        shared, streams = lora(encoder.backbone, block, x)
         windows = into_windows(block, block.norm1(x))
         attended = attend(block, block.attn.qkv(windows) + update(lora.qkv.shared, windows))
         base = block.attn.proj(attended)

@@ -18,7 +18,9 @@ REFUSED = [
     ("progressive[groups=semseg+normals]", "swin_tiny", r"must name every task once"),
     ("relative_bias", "pvt_v2_b0", r"position bias tables and cannot run on pvt_v2_b0"),
     ("vpt_deep", "pvt_v2_b0", r"Swin Transformer or a plain ViT and cannot run on pvt_v2_b0"),
-    ("tadformer", "dinov2_small", r"cannot run on vit_small_patch14_dinov2"),
+    ("tadformer", "pvt_v2_b0", r"Swin Transformer or a plain ViT and cannot run on pvt_v2_b0"),
+    ("mtlora_plus", "dinov2_small", r"cannot run on vit_small_patch14_dinov2"),
+    ("mtlora", "vit_giant_patch14_dinov2", r"blocks of vit_giant_patch14_dinov2.* have others"),
     ("lora", "tf_efficientnet_lite0", r"lora adapts the blocks of a transformer and cannot run on tf_efficientnet"),
     ("peft:ia3[rank=4]", "swin_tiny", r"peft:ia3 has no rank"),
 ]

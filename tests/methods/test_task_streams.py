@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from methods.backbones.swin import attend, into_windows, out_of_windows
+from methods.backbones.timm_import import timm
+from methods.backbones.vit import ViTBackbone
 from methods.ditask import DeformedLinear
 from methods.ditask import Options as DiTASKOptions
 from methods.layers.cpab import transform
@@ -79,7 +81,7 @@ def test_ditask_block(build, tasks):
     encoder = randomise(build("ditask[cells=6,task_cells=3]"), 0.2).eval().encoder
     block, own = encoder.backbone.layers[0].blocks[-1], encoder.blocks[0][-1]
     x = torch.randn(2, 16, 16, 24)
-    shared, streams = own(block, x, encoder.context())
+    shared, streams = own(encoder.backbone, block, x, encoder.context())
 
     def weight(layer, theta):
         points = torch.linspace(0, 1, layer.spectrum.shape[-1]).unsqueeze(0)
@@ -123,7 +125,7 @@ def test_tadformer_last_block(build, tasks, kind):
     encoder = randomise(build(f"tadformer[rank=4,filter={kind}]")).eval().encoder
     block, own = encoder.backbone.layers[0].blocks[-1], encoder.blocks[0][-1]
     x, prompts = torch.randn(2, 16, 16, 24), torch.randn(2, 4, 24)
-    shared, new_prompts, streams, skips = own(block, x, prompts)
+    shared, new_prompts, streams, skips = own(encoder.backbone, block, x, prompts)
 
     def lora(layer, linear, z):
         return linear(z) + 4.0 * z @ layer.shared.down.T @ layer.shared.up.T
@@ -283,3 +285,135 @@ def test_tadformer_prompts_are_their_tasks(build, names):
         encoder(images()).task[task][0].square().sum().backward()
         gradients = {t: 0.0 if p.grad is None else p.grad.norm().item() for t, p in encoder.prompts.items()}
         assert max(gradients, key=gradients.get) == task
+
+
+# on a plain ViT
+
+
+def vit(size=(48, 64), **changes):
+    """Patches of 8, class and register tokens, layer scale, as DINOv2 has them; five blocks in groups of 1, 1, 1, 2."""
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=24, num_heads=3, depth=5, num_classes=0,
+        reg_tokens=2, init_values=0.5, dynamic_img_size=True, **changes,
+    )  # fmt: skip
+    backbone = ViTBackbone("vit", model, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), size)
+    for block in model.blocks:  # as if trained: at initialisation much would be too small to be missed
+        nn.init.normal_(block.attn.qkv.weight, std=0.3)
+        nn.init.uniform_(block.ls1.gamma, 0.3, 0.9)
+        nn.init.uniform_(block.ls2.gamma, 0.3, 0.9)
+    return backbone
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"scale_attn_norm": True}], ids=str)
+def test_verbs_compose_to_timms_vit_block(changes):
+    torch.manual_seed(0)
+    backbone = vit(**changes).double()
+    for block in backbone.model.blocks:
+        x = torch.randn(2, 3 + 48, 24, dtype=torch.double, requires_grad=True)
+        y, weight = x.detach().clone().requires_grad_(), torch.randn_like(x)
+        z = backbone.attend(block, block.attn.qkv(backbone.into_attention(block, x)))
+        z = x + backbone.out_of_attention(block, block.attn.proj(z), x)
+        ours = z + backbone.out_of_mlp(block, block.mlp.fc2(block.mlp.act(block.mlp.fc1(block.norm2(z)))))
+        theirs = block(y)
+        (ours * weight).sum().backward()
+        (theirs * weight).sum().backward()
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(x.grad, y.grad)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("protocol", ["published", "equal"])
+@pytest.mark.parametrize("method", ["mtlora", "ditask", "progressive"])
+def test_on_a_vit_they_start_as_the_pretrained_network(build, method, protocol):
+    """Every task's maps, of whatever protocol: a ViT has nothing to merge."""
+    model = build(method, protocol=protocol, backbone=vit, size=(48, 64)).eval()
+    expected = model.encoder.backbone(images(size=(48, 64))).maps
+    for maps in model.encoder(images(size=(48, 64))).task.values():
+        assert len(maps) == 4
+        for ours, theirs in zip(maps, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_mtlora_on_a_vit(build, tasks):
+    """The shared stream is the ViT with the shared updates in its weights; in each group's last block a task's stream
+    leaves it after the attention."""
+    torch.manual_seed(0)
+    model = (
+        randomise(build("mtlora[rank=3,task_rank=2]", protocol="equal", backbone=vit, size=(48, 64))).double().eval()
+    )
+    encoder, backbone = model.encoder, model.encoder.backbone
+    features = encoder(images(size=(48, 64)).double())
+    own = [each for stage in encoder.blocks for each in stage]
+    for block, lora in zip(backbone.model.blocks, own, strict=True):
+        linears = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
+        for linear, each in zip(linears, (lora.qkv, lora.proj, lora.fc1, lora.fc2), strict=True):
+            linear.weight += 4.0 * each.shared.up @ each.shared.down
+    x, stage_of = backbone.embed(images(size=(48, 64)).double()), {0: 0, 1: 1, 2: 2, 4: 3}
+    for index, (block, lora) in enumerate(zip(backbone.model.blocks, own, strict=True)):
+        before, x = x, block(x)
+        if index not in stage_of:
+            assert not lora.proj.per_task
+            continue
+        stage = stage_of[index]
+        torch.testing.assert_close(features.general[stage], backbone.output(stage, x))
+        normed = block.norm1(before)
+        attended = backbone.attend(block, block.attn.qkv(normed))
+        shared = before + block.ls1(block.attn.proj(attended))
+        hidden = block.mlp.act(block.mlp.fc1(block.norm2(shared)))
+        for task in tasks:
+
+            def task_linear(linear, each, z, base, task=task):
+                """W and b on the shared stream's input, the task's update on its own."""
+                frozen = linear.weight - 4.0 * each.shared.up @ each.shared.down
+                return base @ frozen.T + linear.bias + 4.0 * z @ each.per_task[task].down.T @ each.per_task[task].up.T
+
+            a = before + block.ls1(task_linear(block.attn.proj, lora.proj, attended, attended))
+            h = block.mlp.act(task_linear(block.mlp.fc1, lora.fc1, block.norm2(a), block.norm2(shared)))
+            expected = a + block.ls2(task_linear(block.mlp.fc2, lora.fc2, h, hidden))
+            torch.testing.assert_close(features.task[task][stage], backbone.output(stage, expected))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_tadformers_last_block_on_a_vit(build, tasks, kind):
+    """The whole map is one window; class and register tokens pass the factors, and no filter."""
+    torch.manual_seed(0)
+    model = build(f"tadformer[rank=4,filter={kind}]", protocol="equal", backbone=vit, size=(48, 64))
+    encoder = randomise(model).eval().encoder
+    assert all(isinstance(each, nn.Identity) for each in encoder.widen)
+    backbone, own = encoder.backbone, encoder.blocks[1][-1]
+    block = backbone.stages[1][-1]
+    x, prompts = torch.randn(2, 3 + 48, 24), torch.randn(2, 4, 24)
+    shared, new_prompts, streams, skips = own(backbone, block, x, prompts)
+
+    def lora(layer, linear, z):
+        return linear(z) + 4.0 * z @ layer.shared.down.T @ layer.shared.up.T
+
+    def filtered(layer, task, z):
+        low = z @ layer.shared.down.T
+        of_patches = low[:, 3:].reshape(2, 6, 8, 4)
+        of_patches = layer.filter(of_patches) if kind == "dynamic" else layer.per_task[task](of_patches)
+        return 4.0 * torch.cat([low[:, :3], of_patches.reshape(2, 48, 4)], 1) @ layer.shared.up.T
+
+    def mlp(z):
+        return block.ls2(lora(own.fc2, block.mlp.fc2, F.gelu(lora(own.fc1, block.mlp.fc1, block.norm2(z)))))
+
+    qkv = lora(own.qkv, block.attn.qkv, torch.cat([block.norm1(prompts), block.norm1(x)], 1))
+    q, k, v = (part.unflatten(-1, (3, 8)).transpose(1, 2) for part in qkv.split(24, -1))
+    attended = ((q @ k.mT / 8**0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    projected = lora(own.proj, block.attn.proj, attended)
+    x_shared = x + block.ls1(projected[:, 4:])
+    torch.testing.assert_close(shared, x_shared + mlp(x_shared), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(new_prompts, prompts + mlp(projected[:, :4]), rtol=1e-4, atol=1e-4)
+    f = attended[:, 4:]
+    base_1 = block.mlp.fc1(block.norm2(x_shared))
+    base_2 = block.mlp.fc2(F.gelu(lora(own.fc1, block.mlp.fc1, block.norm2(x_shared))))
+    for t, task in enumerate(tasks):
+        weights = F.gelu(q[:, :, t : t + 1] @ k[:, :, 4:].mT)  # (2, heads, 1, N)
+        m = (weights.mT * f.unflatten(-1, (3, 8)).transpose(1, 2)).transpose(1, 2).flatten(2)
+        a = x + block.ls1(block.attn.proj(f) + filtered(own.proj, task, own.norm(m + f)))
+        hidden = F.gelu(base_1 + filtered(own.fc1, task, block.norm2(a)))
+        expected = a + block.ls2(base_2 + filtered(own.fc2, task, hidden))
+        torch.testing.assert_close(streams[task], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(skips[task], m, rtol=1e-4, atol=1e-4)
