@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from methods.backbones.base import Backbone
+from methods.backbones.swin import SwinBackbone
 from methods.layers.lora import MultiTaskLoRALinear
 from methods.layers.task_streams import (
     Merging,
@@ -40,13 +41,12 @@ from methods.layers.task_streams import (
     freeze_but_extras,
     probability,
     require_open,
-    require_swin,
     stochastic_depth,
     taps_after_merging,
     with_family_decoder,
 )
 from methods.model import MultiTaskModel, Setting
-from methods.registry import Method, at_least_one, register
+from methods.registry import Method, MethodError, at_least_one, register
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ class PlusOptions(Options):
 
 def build(backbone: Backbone, tasks: Mapping[str, int], options: Options, setting: Setting) -> MultiTaskModel:
     plus = isinstance(options, PlusOptions)
-    backbone = require_swin("mtlora_plus", backbone) if plus else require_open("mtlora", backbone)
+    if plus and not isinstance(backbone, SwinBackbone):
+        raise MethodError(f"mtlora_plus adapts Swin's patch merging and cannot run on {backbone.name}")
+    backbone = require_open("mtlora", backbone)
     freeze_but_extras(backbone, setting, reductions=not plus)
 
     def lora(linear: nn.Linear, of_tasks: tuple[str, ...]) -> MultiTaskLoRALinear:

@@ -42,7 +42,7 @@ def test_all_leaves_out_what_cannot_run():
     assert "adapter" in set(rows["method"]) and "mtlora" not in set(rows["method"])
     assert any("mtlora" in line and "pvt_v2_b0" in line for line in heard)
     assert rows["printed"].isna().all()
-    with pytest.raises(MethodError, match="mtlora adapts the windows of a Swin"):
+    with pytest.raises(MethodError, match="mtlora needs a Swin Transformer or a plain ViT"):
         count.counts("mtlora", "pvt_v2_b0", "scenes", None, (64, 64))
 
 

@@ -386,7 +386,7 @@ def peak_of(method, backbone, size, batch):
         (["--task-counts", "1,9"], "dataset scenes has 6 tasks"),
         (["--task-counts", "1", "--tasks", "semseg"], "not both"),
         (["--memory", "default,lo"], "did you mean 'low'"),
-        (["--methods", "mtlora", "--backbone", "pvt_v2_b0", "--image-size", "64"], "mtlora adapts the windows"),
+        (["--methods", "mtlora", "--backbone", "pvt_v2_b0", "--image-size", "64"], "mtlora needs a Swin"),
     ],
 )
 def test_bad_input_is_one_line(options, expected):

@@ -134,13 +134,6 @@ class TaskStreamEncoder(nn.Module):
         return self.backbone.output(stage, stream)
 
 
-def require_swin(method: str, backbone: Backbone) -> SwinBackbone:
-    """The backbone as a Swin Transformer, or a MethodError that says in one line why not."""
-    if not isinstance(backbone, SwinBackbone):
-        raise MethodError(f"{method} adapts the windows of a Swin Transformer and cannot run on {backbone.name}")
-    return backbone
-
-
 def require_open(method: str, backbone: Backbone) -> OpenTransformer:
     """The backbone as one whose linears can be replaced, or a MethodError that says in one line why not."""
     if not isinstance(backbone, OpenTransformer):
