@@ -184,6 +184,9 @@ def report(
     mix: Annotated[
         bool, typer.Option("--mix", help="Put records of different settings into one table; each row says which.")
     ] = False,
+    any_device: Annotated[
+        bool, typer.Option("--any-device", help="Accuracy alone, of all devices in one table.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the tables as JSON and nothing else.")] = False,
     html: Annotated[
         bool, typer.Option("--html", help="One page instead, report.html: sortable table, plot, cards; no network.")
@@ -198,8 +201,10 @@ def report(
     """Tables 1 and 2 from records, beside the published figures; also as markdown, LaTeX, JSON and CSV."""
     from bench.report import papers, render
 
-    if table and (mix or html or reference):
-        raise BenchError("--table is a paper's own: leave --reference, --mix and --html out")
+    if table and (mix or html or reference or any_device):
+        raise BenchError("--table is a paper's own: leave --reference, --mix, --any-device and --html out")
+    if any_device and (mix or html):
+        raise BenchError("--any-device is for the tables of one setting: leave --mix and --html out")
     if html and mix:
         raise BenchError("--html has the rows of all settings in one table anyway: leave --mix out")
     if html and json:
@@ -213,7 +218,7 @@ def report(
     if html:
         render.page(folder, out, reference, gallery or [], Console())
         return
-    render.report(folder, out, reference, Console(quiet=True) if json else Console(), mix)
+    render.report(folder, out, reference, Console(quiet=True) if json else Console(), mix, any_device)
     if json:
         print((out / REPORT).read_text(encoding="utf-8"), end="")
 
@@ -435,6 +440,10 @@ def figure(
     reference: Annotated[str | None, typer.Option(help="Delta-m against this method.")] = None,
     option: Annotated[str | None, typer.Option(help="For sweep: this option alone, e.g. r.")] = None,
     published: Annotated[bool, typer.Option("--published", help="For pareto: the papers' figures, marked.")] = False,
+    any_device: Annotated[
+        bool,
+        typer.Option("--any-device", help="For pareto: records of all devices in one figure, without costs of one."),
+    ] = False,
     weights: Annotated[Path | None, typer.Option(help="The backbone's checkpoint, where it came from a file.")] = None,
     dataset: Annotated[str | None, typer.Option(help="The card, where the record's is a file of your own.")] = None,
     data_root: Annotated[Path | None, typer.Option(help="Folder that the card's files lie in.")] = None,
@@ -447,7 +456,7 @@ def figure(
     from bench.figures import draw
     from bench.figures.from_records import Choice
 
-    choice = Choice(reference, option, published)
+    choice = Choice(reference, option, published, any_device)
     draw.figure(name, folder, record or [], weights, dataset, data_root, images, choice, out, Console())
 
 

@@ -20,6 +20,7 @@ OPTIONS = {  # which figures an option says something to; the others refuse it
     "reference": ("pareto", "sweep", "ablation"),
     "option": ("sweep",),
     "published": ("pareto",),
+    "any-device": ("pareto",),
     "record": FROM_MODELS,
     "weights": FROM_MODELS,
     "dataset": FROM_MODELS,
@@ -45,6 +46,7 @@ def figure(
         raise BenchError(f"unknown figure {name!r}{did_you_mean(name, NAMES)}; one of: {', '.join(NAMES)}")
     given = {
         "reference": choice.reference, "option": choice.option, "published": choice.published, "record": records,
+        "any-device": choice.any_device,
         "weights": weights, "dataset": dataset, "data-root": data_root, "images": images,
     }  # fmt: skip
     for option, value in given.items():
@@ -58,7 +60,7 @@ def figure(
         found, problems = collect(folder)
         for problem in problems:
             errors.print(f"left out: {escape(problem)}")
-        drawn = list(FROM_RECORDS[name](groups(found), choice))
+        drawn = list(FROM_RECORDS[name](groups(found, choice.any_device), choice))
     else:
         if not records:
             raise BenchError(f"{name} is drawn from a trained model: name its record with --record, by hash or file")

@@ -33,6 +33,7 @@ class Choice:
     reference: str | None = None  # Delta-m against this method
     option: str | None = None  # the option that a sweep varies
     published: bool = False  # the papers' figures beside the measured ones
+    any_device: bool = False  # records of several devices in one group
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def _trained(groups: Sequence[Group], reference: str | None) -> list[tuple[Group
 
 
 def pareto(groups: Sequence[Group], choice: Choice) -> Drawn:
-    """Delta-m against trainable parameters, memory and time, with the front (BDTA, Fig. 1d)."""
+    """Delta-m against trainable parameters, memory and time, with the front (BDTA, Fig. 1d). Across devices against
+    parameters alone."""
     if choice.published and choice.reference:
         raise BenchError("--published goes without --reference: printed Δm is against the papers' single-task rows")
     trained = _trained(groups, choice.reference)
@@ -96,13 +98,13 @@ def pareto(groups: Sequence[Group], choice: Choice) -> Drawn:
         raise BenchError("no paper prints a row of these methods on these backbones: leave --published out")
     for group, rows in trained:
         cpu = group.spec.device_kind == "cpu"
-        costs = {
-            tables.TP: "trainable parameters, M",
-            tables.CPU_PROCESS if cpu else tables.CUDA_ALLOCATED: "process peak, GiB (CPU)" if cpu else "memory, GiB",
-            tables.CPU_MEDIAN if cpu else tables.CUDA_MEDIAN: "s/batch (CPU)" if cpu else "s/batch",
-        }
+        costs = {tables.TP: "trainable parameters, M"}
+        if cpu and not group.any_device:
+            costs |= {tables.CPU_PROCESS: "process peak, GiB (CPU)", tables.CPU_MEDIAN: "s/batch (CPU)"}
+        elif not group.any_device:
+            costs |= {tables.CUDA_ALLOCATED: "memory, GiB", tables.CUDA_MEDIAN: "s/batch"}
         printed = _printed(group, rows) if choice.published else []
-        figure, axes = panels(3, 3.0, 2.8)
+        figure, axes = panels(len(costs), 3.0, 2.8)
         for axis, (column, label) in zip(axes, costs.items(), strict=True):
             points = [(row.values[column], row.values[tables.DELTA]) for row in rows]
             for row, (x, y) in zip(rows, points, strict=True):

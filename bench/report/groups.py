@@ -46,7 +46,8 @@ def collect(folder: Path) -> tuple[list[Found], list[str]]:
 class Group:
     """Records that may stand in one table: equal in everything but method and seed.
 
-    `key` is what they have in common, `title` the same for people, `marks` the warnings that go with every table.
+    `key` is what they have in common, `title` the same for people, `marks` the warnings that go with every table. Where
+    `any_device`, records of several devices may be among them, and accuracy is all that compares.
     """
 
     key: Mapping[str, Any]
@@ -54,6 +55,7 @@ class Group:
     slug: str
     marks: tuple[str, ...]
     found: tuple[Found, ...]
+    any_device: bool = False
 
     @property
     def spec(self) -> RunSpec:
@@ -143,15 +145,26 @@ def _order(record: Record) -> tuple[int, str, str]:
     return rank, record.method.title.lower(), record.spec.method
 
 
-def groups(found: Iterable[Found]) -> list[Group]:
-    """Split records into those that may be compared, ordered by title."""
+def groups(found: Iterable[Found], any_device: bool = False) -> list[Group]:
+    """Split records into those that may be compared, ordered by title.
+
+    With `any_device` the trained ones alone, whatever they ran on: between devices accuracy differs as it does between
+    seeds, by how rounding takes training apart. Raises BenchError where there is none.
+    """
     buckets: dict[str, list[Found]] = {}
     for item in found:
-        buckets.setdefault(json.dumps(item.record.spec.setting(), sort_keys=True), []).append(item)
+        setting = item.record.spec.setting()
+        if any_device:
+            del setting["device"]
+            if item.record.spec.steps == 0:
+                continue
+        buckets.setdefault(json.dumps(setting, sort_keys=True), []).append(item)
+    if not buckets:
+        raise BenchError("no record was trained: --any-device compares accuracy alone, leave it out")
     made = [
-        _group(setting, place, members)
+        _group(setting, place, members, any_device)
         for setting, items in buckets.items()
-        for place, members in _by_place(items).items()
+        for place, members in _by_place(items, any_device).items()
     ]
     # Settings may differ in what no title spells out (an option of the recipe, say): then the slug tells them apart.
     titles = Counter(group.title for group in made)
@@ -163,6 +176,7 @@ def groups(found: Iterable[Found]) -> list[Group]:
 
 
 Place = tuple[str | None, str | None]  # device and weights as found by the run itself; None where it died before
+ANY = "any device"
 
 
 def _place(record: Record) -> Place:
@@ -173,26 +187,34 @@ def _place(record: Record) -> Place:
     return f"{seen.device} ({seen.device_name}{cores})", weights_of(record) if seen.weights else None
 
 
+def _anywhere(record: Record) -> Place:
+    return ANY, _place(record)[1]
+
+
 def weights_of(record: Record) -> str:
     """The weights that the run used, by its own account; by its spec's where it died before it loaded any."""
     used = record.provenance and record.provenance.weights
     return f"{used.source} {used.sha256[:12]}".strip() if used else record.spec.weights
 
 
-def _by_place(items: Sequence[Found]) -> dict[Place, list[Found]]:
+def _by_place(items: Sequence[Found], any_device: bool) -> dict[Place, list[Found]]:
     """Split by device and weights. A cell that died before it knew them joins the one place it can belong to."""
-    complete = {place for place in map(_place, (item.record for item in items)) if None not in place}
+    place_of = _anywhere if any_device else _place
+    complete = {place for place in map(place_of, (item.record for item in items)) if None not in place}
     places: dict[Place, list[Found]] = {}
     for item in items:
-        mine = _place(item.record)
+        mine = place_of(item.record)
         fitting = [p for p in complete if all(a in (None, b) for a, b in zip(mine, p, strict=True))]
         places.setdefault(fitting[0] if len(fitting) == 1 else mine, []).append(item)
     return places
 
 
-def _group(setting: str, place: Place, members: Sequence[Found]) -> Group:
+def _group(setting: str, place: Place, members: Sequence[Found], any_device: bool) -> Group:
     spec = members[0].record.spec
     device, weights = place[0] or spec.device, place[1] or spec.weights
+    if any_device:
+        devices = sorted({where for item in members if (where := _place(item.record)[0])})
+        device = " and ".join(devices) or device
     key = json.loads(setting) | {"device_used": device, "weights_used": weights}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:6]
     short = published.short_backbone(spec.backbone)
@@ -207,12 +229,15 @@ def _group(setting: str, place: Place, members: Sequence[Found]) -> Group:
     ]  # fmt: skip
     if weights == "random":
         marks.insert(0, "RANDOM BACKBONE WEIGHTS, nothing was pretrained: accuracy and Delta-m do not rank the methods")
+    if any_device and len(devices) > 1:
+        marks.insert(0, f"rows ran on {len(devices)} devices: their accuracy compares, as that of seeds does")
     return Group(
         key=key,
         title=_title(members, device, weights),
         slug=re.sub(r"[^\w-]", "_", f"{spec.dataset}-{short}-{spec.protocol}-{digest}"),
-        marks=(*marks, *_drift(kept)),
+        marks=(*marks, *_drift(kept, times=not any_device)),
         found=tuple(kept),
+        any_device=any_device,
     )
 
 
@@ -258,8 +283,8 @@ def _one_each(members: Sequence[Found]) -> tuple[list[Found], list[str]]:
     return [max(copies, key=rank) for copies in cells.values()], marks
 
 
-def _drift(found: Sequence[Found]) -> list[str]:
-    """Warnings for records that ran on different software; that alone does not keep them apart."""
+def _drift(found: Sequence[Found], times: bool = True) -> list[str]:
+    """Warnings for records that ran on different software, which does not keep them apart; and for their times."""
     seen = [item.record.provenance for item in found if item.record.provenance]
     torch = sorted({p.packages["torch"] for p in seen if "torch" in p.packages})
     # One above the cores: the cell before in the same sweep is still in the average.
@@ -272,11 +297,14 @@ def _drift(found: Sequence[Found]) -> list[str]:
     commits = sorted({c[:10] for made in (*(p.commits() for p in seen), *(t.commits for t in tried)) for c in made})
     states = [state for p in seen for state in (p.gpu_before, p.gpu_after) if state]
     slow = sorted({reason for state in states for reason in state.throttled})
-    return [
-        *([f"rows ran on different torch versions: {', '.join(torch)}"] if len(torch) > 1 else []),
-        *([f"rows come from different commits: {', '.join(commits)}"] if len(commits) > 1 else []),
+    of_times = [
         *([f"time measured on a busy machine: {', '.join(busy)}"] if busy else []),
         *([f"the GPU was slowed down while some rows were measured: {', '.join(slow)}"] if slow else []),
         *(["other processes were on the GPU of some rows"] if any(state.others for state in states) else []),
+    ]
+    return [
+        *([f"rows ran on different torch versions: {', '.join(torch)}"] if len(torch) > 1 else []),
+        *([f"rows come from different commits: {', '.join(commits)}"] if len(commits) > 1 else []),
+        *(of_times if times else []),
         *(["some rows come from a working tree with uncommitted changes"] if any(p.dirty for p in seen) else []),
     ]

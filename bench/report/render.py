@@ -110,15 +110,23 @@ def _bullets(texts: Sequence[str]) -> str:
     return "\n".join(f"- {_escaped(text)}" for text in texts)
 
 
-def report(folder: Path, out: Path | None, reference: str | None, console: Console, mix: bool = False) -> None:
+def report(
+    folder: Path,
+    out: Path | None,
+    reference: str | None,
+    console: Console,
+    mix: bool = False,
+    any_device: bool = False,
+) -> None:
     """Print both tables of every group of records under `folder`; write report.md, report.tex, report.json and a CSV
     file a table.
 
     `out` is folder/report where None; with `mix` records that do not belong together share a table, each row saying how
-    it differs. Raises BenchError where there is no record, or none of `reference`.
+    it differs; with `any_device` there is accuracy alone, of all devices together. Raises BenchError where there is no
+    record, or none of `reference`.
     """
     found, problems = collect(folder)
-    apart = groups(found)
+    apart = groups(found, any_device)
     if reference is not None:
         tables.check_reference(apart, reference)
     all_groups = mixtures(apart) if mix else apart
@@ -209,8 +217,9 @@ def _sheets(group: Group, reference: str | None) -> list[tuple[str, str, pd.Data
     if group.trained:
         table = tables.accuracy_table(group, reference, strict=False)
         made.append(("table1", f"Table 1. Accuracy{suffix}", table, accuracy_sheet(group, table, against)))
-    table = tables.efficiency_table(group, reference, strict=False)
-    made.append(("table2", f"Table 2. Efficiency{suffix}", table, efficiency_sheet(group, table, against)))
+    if not group.any_device:
+        table = tables.efficiency_table(group, reference, strict=False)
+        made.append(("table2", f"Table 2. Efficiency{suffix}", table, efficiency_sheet(group, table, against)))
     tuned = tables.rates_table(group)
     if tuned is not None:
         made.append(("rates", "Learning rates", tuned, rates_sheet(group, tuned)))

@@ -338,7 +338,8 @@ def _common(group: Group, records: Sequence[Record]) -> dict[str, Any]:
         SEEDS: len(counted),
         STATUS: _status(records),
         NOTE: prefix + "; ".join(dict.fromkeys(_why(record) for record in failed)) if failed else "",
-        SOURCE: f"measured on {group.spec.device_kind}" + ("; random weights" if group.random else ""),
+        SOURCE: f"measured on {' and '.join(sorted({record.spec.device_kind for record in records}))}"
+        + ("; random weights" if group.random else ""),
         RECORDS: " ".join(sorted(record.spec.relative_path().stem for record in records)),
     }
 

@@ -66,6 +66,15 @@ def test_pareto_draws_every_method_at_its_figures(tmp_path):
     assert "scenes" in figure.get_suptitle()
 
 
+def test_pareto_across_devices_is_of_parameters_alone(tmp_path):
+    make(tmp_path, "single_task_full", FOUR)
+    make(tmp_path, "ours", FOUR | {"semseg": 77.0}, device_name="Another CPU")
+    found = groups(tmp_path, any_device=True)
+    ((_, figure),) = FIGURES["pareto"](found, Choice(any_device=True))
+    (parameters,) = figure.axes
+    assert points(parameters)["Ours"] == pytest.approx((2.362108, 2.5))
+
+
 def test_pareto_without_a_baseline_says_what_to_do(tmp_path):
     make(tmp_path, "ours", FOUR)
     make(tmp_path, "mtlora", FOUR | {"semseg": 63.0})

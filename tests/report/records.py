@@ -69,8 +69,8 @@ def make(out: Path, method: str = "ours", figures: dict[str, float] | None = Non
     return Record(spec=spec, **record).write(out)
 
 
-def groups(out: Path) -> list[Group]:
-    return groups_of(collect(out)[0])
+def groups(out: Path, any_device: bool = False) -> list[Group]:
+    return groups_of(collect(out)[0], any_device)
 
 
 def only(out: Path) -> Group:
@@ -86,7 +86,9 @@ def printed(table: pd.DataFrame) -> pd.DataFrame:
     return table[table["Status"] == "published"].set_index("Method")
 
 
-def report(folder: Path, reference: str | None = None, width: int = 100, mix: bool = False) -> str:
+def report(
+    folder: Path, reference: str | None = None, width: int = 100, mix: bool = False, any_device: bool = False
+) -> str:
     console = Console(file=io.StringIO(), width=width, force_terminal=False)
-    render.report(folder, None, reference, console, mix)
+    render.report(folder, None, reference, console, mix, any_device)
     return console.file.getvalue()

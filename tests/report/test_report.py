@@ -12,8 +12,10 @@ import warnings
 import pandas as pd
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from bench import resources, tasks
+from bench.cli import app
 from bench.errors import BenchError
 from bench.record import Failure
 from bench.report import published, render, show, tables
@@ -215,6 +217,39 @@ def test_a_cell_that_died_early_joins_its_group_unless_two_fit(tmp_path):
     assert len(only(tmp_path).found) == 2
     make(tmp_path, "lora", device_name="Another CPU")
     assert sorted(len(group.found) for group in groups(tmp_path)) == [1, 1, 1]
+
+
+def test_accuracy_of_several_devices_in_one_table(tmp_path):
+    """With --any-device, seeds and baseline of all of them together; what is of one device stays out."""
+    make(tmp_path, "single_task_full", {"semseg": 50.0, "normals": 20.0}, device_name="Some CPU")
+    make(tmp_path, "ours", {"semseg": 54.0, "normals": 20.0}, device_name="Another CPU")
+    make(tmp_path, "ours", {"semseg": 56.0, "normals": 20.0}, seed=1, device="nvidia-h200")
+    make(tmp_path, "ours", steps=0, epochs=None)
+    assert sorted(len(group.found) for group in groups(tmp_path)) == [1, 1, 1, 1]
+    (group,) = groups(tmp_path, any_device=True)
+    row = measured(tables.accuracy_table(group)).loc["Ours"]
+    assert row["SemSeg mIoU (%) ↑"] == 55 and row["Seeds"] == 2 and row["Delta-m (%)"] == pytest.approx(5)
+    assert row["Source"] == "measured on cpu and cuda"
+    assert group.marks[0].startswith("rows ran on 3 devices") and "NVIDIA H200" in group.title
+    shown = report(tmp_path, any_device=True)
+    assert "Table 1" in shown and "Table 2" not in shown and "s/batch" not in shown and "Group 1 of 1" in shown
+    assert not list((tmp_path / "report").glob("table2-*.csv"))
+
+
+def test_what_else_differs_stays_apart_on_any_device(tmp_path):
+    make(tmp_path, "ours", device_name="Some CPU")
+    make(tmp_path, "mtlora", device_name="Another CPU", precision="bf16")
+    make(tmp_path, "lora", device_name="A third CPU", weights="random")
+    assert [len(group.found) for group in groups(tmp_path, any_device=True)] == [1, 1, 1]
+
+
+def test_any_device_needs_something_trained(tmp_path):
+    make(tmp_path, "ours", steps=0, epochs=None)
+    done = CliRunner().invoke(app, ["report", str(tmp_path), "--any-device"])
+    assert done.exit_code == 2 and "no record was trained" in " ".join(done.output.split())
+    for option in ("--mix", "--html"):
+        done = CliRunner().invoke(app, ["report", str(tmp_path), "--any-device", option])
+        assert done.exit_code == 2 and "leave --mix and --html out" in " ".join(done.output.split())
 
 
 def test_a_cell_found_twice_counts_once(tmp_path):
