@@ -21,6 +21,9 @@ from bench.tuning import held_out
 from methods.registry import MethodError, parse
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from bench.data.loader import DenseDataset
     from methods.backbones.base import Backbone
     from methods.model import MultiTaskModel
 
@@ -46,116 +49,157 @@ def method_info(expression: str) -> MethodInfo:
 def run_cell(job: Job, record: Record, emit: Emit) -> None:
     """Fill `record` as far as the cell gets: parameters, memory and time, then training and metrics."""
     import torch
-    from accelerate import Accelerator
 
-    from bench.data.loader import DenseDataset, steps_per_epoch, validation_batches
-    from bench.data.subset import evenly_spaced
     from bench.measure import cuda
-    from bench.measure.profile import floor_seconds, matmul_rate, measure, synthetic_batch
-    from bench.train.loop import DivergedError, Trainer, losses_by_batch, train
-    from bench.train.trained import save_trained
-    from methods.backbones.load import WeightSource, load_backbone
 
     spec = job.spec
-    on_gpu = spec.device_kind == "cuda"
-    if on_gpu and not torch.cuda.is_available():
+    if spec.device_kind == "cuda" and not torch.cuda.is_available():
         raise BenchError("a CUDA device was asked for, but torch sees none")
     cuda.set_up(spec.precision, spec.cudnn_benchmark)
-
-    def make_accelerator() -> Accelerator:
-        mixed = spec.precision if spec.precision in ("bf16", "fp16") else "no"
-        made = Accelerator(mixed_precision=mixed, cpu=not on_gpu)
-        if made.device.type != spec.device_kind:  # figures of one device under the name of another
-            raise RuntimeError(f"accelerate chose {made.device} where {spec.device_kind} was asked for")
-        return made
-
     record.provenance.threads = torch.get_num_threads()
-    card = cards.load(job.card)
-    channels = card.channels(spec.tasks)
-    source = "file" if spec.weights.startswith("file:") else spec.weights
-    weights = WeightSource(source, job.weights_path, spec.weights.partition(":")[2])
+    cell = _Cell(job)
+    source = cell.weights.source
     name = job.weights_path.name if job.weights_path else spec.backbone if source == "timm" else ""
-    record.provenance.weights = Weights(source=source, name=name, sha256=weights.sha256)
-
-    def build() -> MultiTaskModel:
-        # The seed is set before the backbone is made: random backbone weights are the same for every method.
-        torch.manual_seed(spec.seed)
-        return finished_model(spec, channels, load_backbone(spec.backbone, spec.image_size, weights))
-
-    def measure_efficiency() -> None:
-        recipe = spec.recipe.untuned()
-        if job.estimate:
-            emit("phase", name="estimate")
-            record.estimate = estimated(spec, channels)
-        emit("phase", name="measure")
-        accelerator = make_accelerator()
-        model = build()
-        ledger = model.ledger()
-        record.parameters = Parameters(
-            total=ledger.total,
-            trainable=ledger.trainable,
-            adaptation=ledger.adaptation,
-            backbone=ledger.backbone,
-            decoder=ledger.decoder,
-            shared=ledger.shared,
-            per_task=ledger.per_task,
-        )
-        trainer = Trainer(model, recipe, spec.batch_size, recipe.measure.warmup + recipe.measure.steps, accelerator)
-        batch = synthetic_batch(channels, spec.image_size, spec.batch_size, accelerator.device)
-        uuid = str(torch.cuda.get_device_properties(0).uuid) if on_gpu else ""
-        record.provenance.gpu_before = gpu_state.read(uuid) if uuid else None
-
-        def look() -> None:  # while the GPU still works: at rest nothing slows it down
-            record.provenance.gpu_after = gpu_state.read(uuid) if uuid else None
-
-        record.memory, record.time = measure(
-            trainer, batch, recipe.measure, lambda step, total: emit("step", step=step, total=total), look
-        )
-        record.parameters.passes = model.passes(batch["image"][:1])
-        del trainer, model
-        accelerator.free_memory()
-        backbone = load_backbone(spec.backbone, spec.image_size, weights)
-        record.time.floor = floor_seconds(backbone, batch["image"], accelerator, recipe.measure.steps)
-        record.time.matmul_rate = matmul_rate(accelerator)
-        del backbone, batch
-        accelerator.free_memory()
-
+    record.provenance.weights = Weights(source=source, name=name, sha256=cell.weights.sha256)
     if spec.trial is None:
-        measure_efficiency()
+        _measure_efficiency(cell, record, emit)
     if spec.steps == 0:
         return
-
-    from bench.train.evaluation import evaluate
-    from bench.train.floor import best_constants, best_maps, score_floors, sum_labels
-
     record.tuned = job.tuned
     if job.tuned is not None and job.tuned.rate is None:
+        from bench.train.loop import DivergedError
+
         diverged = all(each.status == "diverged" for each in job.tuned.tried)
         raise DivergedError(job.tuned.reason) if diverged else BenchError(job.tuned.reason)
-    accelerator = make_accelerator()  # training starts with a loss scale of its own
-    recipe = spec.recipe.with_rate(job.tuned.rate) if spec.recipe.tune else spec.recipe
+    _train_and_evaluate(cell, record, emit)
 
-    def samples(split: Literal["train", "val"], limit: int | None, **how: Any) -> DenseDataset:
-        return DenseDataset(
-            card, split, spec.tasks, spec.image_size, job.data_root, limit, skipped=spec.skipped, cache=job.cache, **how
-        )
 
-    training = {"augment": recipe.augment, "seed": spec.seed, "shuffled_labels": spec.shuffled_labels}
-    train_set = samples("train", spec.limit_train, **training)
-    total_steps = spec.steps or spec.epochs * steps_per_epoch(len(train_set), spec.batch_size)
-    original_labels = spec.eval_size == "original"
+class _Cell:
+    """What the parts of a cell are made of."""
+
+    def __init__(self, job: Job) -> None:
+        from methods.backbones.load import WeightSource
+
+        self.job, self.spec = job, job.spec
+        self.card = cards.load(job.card)
+        self.channels = self.card.channels(self.spec.tasks)
+        source = "file" if self.spec.weights.startswith("file:") else self.spec.weights
+        self.weights = WeightSource(source, job.weights_path, self.spec.weights.partition(":")[2])
+
+    def accelerator(self) -> Accelerator:
+        """A new one, for a loss scale of its own."""
+        from accelerate import Accelerator
+
+        kind = self.spec.device_kind
+        mixed = self.spec.precision if self.spec.precision in ("bf16", "fp16") else "no"
+        made = Accelerator(mixed_precision=mixed, cpu=kind != "cuda")
+        if made.device.type != kind:  # figures of one device under the name of another
+            raise RuntimeError(f"accelerate chose {made.device} where {kind} was asked for")
+        return made
+
+    def backbone(self) -> Backbone:
+        from methods.backbones.load import load_backbone
+
+        return load_backbone(self.spec.backbone, self.spec.image_size, self.weights)
+
+    def model(self) -> MultiTaskModel:
+        import torch
+
+        # The seed is set before the backbone is made: random backbone weights are the same for every method.
+        torch.manual_seed(self.spec.seed)
+        return finished_model(self.spec, self.channels, self.backbone())
+
+    def samples(self, split: Literal["train", "val"], limit: int | None = None, **how: Any) -> DenseDataset:
+        from bench.data.loader import DenseDataset
+
+        spec, job = self.spec, self.job
+        how = {"skipped": spec.skipped, "cache": job.cache} | how
+        return DenseDataset(self.card, split, spec.tasks, spec.image_size, job.data_root, limit, **how)
+
+
+def _measure_efficiency(cell: _Cell, record: Record, emit: Emit) -> None:
+    import torch
+
+    from bench.measure.profile import floor_seconds, matmul_rate, measure, synthetic_batch
+    from bench.train.loop import Trainer
+
+    spec, recipe = cell.spec, cell.spec.recipe.untuned()
+    if cell.job.estimate:
+        emit("phase", name="estimate")
+        record.estimate = estimated(spec, cell.channels)
+    emit("phase", name="measure")
+    accelerator = cell.accelerator()
+    model = cell.model()
+    ledger = model.ledger()
+    record.parameters = Parameters(
+        total=ledger.total,
+        trainable=ledger.trainable,
+        adaptation=ledger.adaptation,
+        backbone=ledger.backbone,
+        decoder=ledger.decoder,
+        shared=ledger.shared,
+        per_task=ledger.per_task,
+    )
+    trainer = Trainer(model, recipe, spec.batch_size, recipe.measure.warmup + recipe.measure.steps, accelerator)
+    batch = synthetic_batch(cell.channels, spec.image_size, spec.batch_size, accelerator.device)
+    uuid = str(torch.cuda.get_device_properties(0).uuid) if spec.device_kind == "cuda" else ""
+    record.provenance.gpu_before = gpu_state.read(uuid) if uuid else None
+
+    def look() -> None:  # while the GPU still works: at rest nothing slows it down
+        record.provenance.gpu_after = gpu_state.read(uuid) if uuid else None
+
+    record.memory, record.time = measure(
+        trainer, batch, recipe.measure, lambda step, total: emit("step", step=step, total=total), look
+    )
+    record.parameters.passes = model.passes(batch["image"][:1])
+    del trainer, model
+    accelerator.free_memory()
+    backbone = cell.backbone()
+    record.time.floor = floor_seconds(backbone, batch["image"], accelerator, recipe.measure.steps)
+    record.time.matmul_rate = matmul_rate(accelerator)
+    del backbone, batch
+    accelerator.free_memory()
+
+
+def _split(cell: _Cell) -> tuple[DenseDataset, DenseDataset, int]:
+    """Training and validation images, of a trial both from the training images, and the steps to train."""
+    from bench.data.loader import steps_per_epoch
+
+    spec = cell.spec
+    of_training = {"seed": spec.seed, "shuffled_labels": spec.shuffled_labels}
+    augmented = of_training | {"augment": spec.recipe.augment}
+    original = {"original_labels": spec.eval_size == "original"}
+    training = cell.samples("train", spec.limit_train, **augmented)
+    steps = spec.steps or spec.epochs * steps_per_epoch(len(training), spec.batch_size)
     if spec.trial is None:
-        val_set = samples("val", spec.limit_val, original_labels=original_labels)
-    else:
-        kept, held = held_out(train_set.names, spec.trial.holdout)
-        train_set = samples("train", None, names=kept, **training)
-        # What is left of a control is a control too.
-        how = {"original_labels": original_labels, "seed": spec.seed, "shuffled_labels": spec.shuffled_labels}
-        val_set = samples("train", None, names=held, **how)
-        total_steps = max(1, round(total_steps * spec.trial.length))
+        return training, cell.samples("val", spec.limit_val, **original), steps
+    kept, held = held_out(training.names, spec.trial.holdout)
+    training = cell.samples("train", names=kept, **augmented)
+    # What is left of a control is a control too.
+    return (
+        training,
+        cell.samples("train", names=held, **original, **of_training),
+        max(1, round(steps * spec.trial.length)),
+    )
+
+
+def _train_and_evaluate(cell: _Cell, record: Record, emit: Emit) -> None:
+    import torch
+
+    from bench.data.loader import validation_batches
+    from bench.data.subset import evenly_spaced
+    from bench.train.evaluation import evaluate
+    from bench.train.floor import best_constants, best_maps, score_floors, sum_labels
+    from bench.train.loop import Trainer, losses_by_batch, train
+    from bench.train.trained import save_trained
+
+    job, spec = cell.job, cell.spec
+    recipe = spec.recipe.with_rate(job.tuned.rate) if spec.recipe.tune else spec.recipe
+    train_set, val_set, total_steps = _split(cell)
     emit("phase", name="train")
     job.trained_path.unlink(missing_ok=True)  # of an earlier run of the cell
-    trainer = Trainer(build(), recipe, spec.batch_size, total_steps, accelerator)
+    accelerator = cell.accelerator()
+    trainer = Trainer(cell.model(), recipe, spec.batch_size, total_steps, accelerator)
     if trainer.plain_model.prepare is not None:
         batches = losses_by_batch(trainer, train_set, spec.batch_size)
         record.preparation = trainer.plain_model.prepare(batches)
@@ -177,15 +221,15 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
 
     emit("phase", name="evaluate")
     if spec.trial is None:
-        fit_set = samples("train", None, names=evenly_spaced(train_set.names, FLOOR_SAMPLES))
+        fit_set = cell.samples("train", names=evenly_spaced(train_set.names, FLOOR_SAMPLES))
         fit, score = (validation_batches(d, spec.batch_size, job.workers, pin=False) for d in (fit_set, val_set))
-        sums = sum_labels(fit, channels)
-        floors = score_floors((best_constants(sums), best_maps(sums)), score, channels)
+        sums = sum_labels(fit, cell.channels)
+        floors = score_floors((best_constants(sums), best_maps(sums)), score, cell.channels)
         record.floor, record.floor_map = map(_finite, floors)
     values, per_class = evaluate(
         trainer.model,
         val_set,
-        channels,
+        cell.channels,
         spec.batch_size,
         job.workers,
         accelerator,
@@ -193,7 +237,7 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     )
     record.metrics = _finite(values)
     record.per_class = {
-        task: dict(zip(card.tasks[task].classes, values, strict=True)) for task, values in per_class.items()
+        task: dict(zip(cell.card.tasks[task].classes, values, strict=True)) for task, values in per_class.items()
     }
     if job.keep_weights:
         record.trained_sha256 = save_trained(trainer.plain_model, job.trained_path)
