@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -290,8 +290,8 @@ def blank_record(job: Job) -> Record:
 
 
 def run_in_process(job: Job, told: Connection) -> None:
-    """The cell with its record, in the process that it has to itself. Progress is sent through `told`, an event a dict.
-    Exits with 130 where the cell was interrupted."""
+    """The cell with its record, in the process that it has to itself. Progress is sent through `told`, an event a dict;
+    the last one says that the record is written."""
 
     def emit(event: str, **values: Any) -> None:
         try:
@@ -317,5 +317,5 @@ def run_in_process(job: Job, told: Connection) -> None:
     record.write(job.out)
     if record.status in ("ok", "diverged"):
         job.checkpoint_path.unlink(missing_ok=True)
-    if record.status == "interrupted":
-        sys.exit(130)
+    with suppress(OSError):
+        told.send({"event": "ended"})

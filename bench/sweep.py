@@ -6,8 +6,9 @@ import fcntl
 import os
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -163,35 +164,50 @@ def _run_one(job: Job, progress: Progress, line: TaskID) -> Record:
     environment = processes.environment(job.spec.device_kind == "cuda", job.device_index)
     process, heard = processes.start(run_in_process, job, job.log_path, environment)
     try:
-        with suppress(EOFError):
-            while True:
-                _show(heard.recv(), progress, line)
+        ended = _listen(heard, lambda event: _show(event, progress, line))
         process.join()
     except BaseException:
         progress.update(line, note="stopping after this step")
-        _stop(process)
-        if process.exitcode not in (0, 130):  # it could not write its own record
+        if not _stop(process, heard):
             _crashed(job, process.exitcode, "interrupted").write(job.out)
         raise
     finally:
         heard.close()
-    if process.exitcode == 0:
-        job.log_path.unlink(missing_ok=True)
-    if process.exitcode in (0, 130):  # 130: the cell itself was interrupted, by somebody else's signal
-        return records.read(job.record_path)
+    if ended:
+        found = records.read(job.record_path)
+        if found.status != "interrupted":  # by somebody else's signal
+            job.log_path.unlink(missing_ok=True)
+        return found
     crashed = _crashed(job, process.exitcode, "failed")
     crashed.write(job.out)
     return crashed
 
 
-def _stop(process: BaseProcess) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(process.pid, signal.SIGINT)
+def _listen(heard: Connection, show: Callable[[dict], None], seconds: float | None = None) -> bool:
+    """Show what the cell tells until it is gone, or that time has passed in silence. Whether it has written its record:
+    that it says last, and its exit code is not always to be had."""
+    ended = False
+    with suppress(EOFError):
+        while heard.poll(seconds):
+            event = heard.recv()
+            ended = event["event"] == "ended"
+            show(event)
+    return ended
+
+
+def _stop(process: BaseProcess, heard: Connection) -> bool:
+    """Let the cell finish its step and write; whether it has."""
+    if process.exitcode is None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGINT)
+    ended = False
     with suppress(KeyboardInterrupt):  # a second Ctrl-C: now
-        process.join(GRACE_SECONDS)
+        ended = _listen(heard, lambda event: None, GRACE_SECONDS)
+        process.join(1)
     if process.exitcode is None:
         process.kill()
         process.join()
+    return ended
 
 
 def _crashed(job: Job, code: int, status: records.Status) -> Record:

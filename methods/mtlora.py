@@ -18,7 +18,8 @@ the shared input alone, W x is always of the shared stream, the task output leav
 Under `equal` the four stage outputs are tapped before merging and the extras stay frozen.
 
 The paper knows Swin alone. On a plain ViT, as a reading of ours, the four groups of blocks stand for stages; there is
-nothing to merge, so taps are the groups' outputs.
+nothing to merge, so taps are the groups' outputs. Of the extras there are patch embedding and norms, the final one of
+all taps among them; position embedding and layer scales stay frozen.
 
 Made cheaper than released, the same function: torch's fused attention, whose shift mask is not repeated for every image
 of the batch, and W x computed once for the shared output and all tasks (tests/methods/test_swin.py, test_mtlora.py).

@@ -18,8 +18,8 @@ Extras, taps and decoder are MTLoRA's, but for the merging linears, which stay f
 allocated in every block and used in the last ones alone, as released and counted.
 
 The paper knows Swin alone. On a plain ViT, as a reading of ours, the four groups of blocks stand for stages: the whole
-map is one window, class and register tokens pass the low-rank factors without the filter, prompts go from group to
-group as they are, and taps are the groups' outputs.
+map is one window, class and register tokens pass the low-rank factors without the filter, the prompts' attention passes
+no layer scale, as it joins no residual, prompts go from group to group as they are, and taps are the groups' outputs.
 Count       dynamic Swin-T 7,379,262, B 15,812,796, static S 11,717,454: exact.
 
 Made cheaper than released, the same function: torch's fused attention for all tokens, the prompts' raw logits apart and

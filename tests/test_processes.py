@@ -119,3 +119,72 @@ def test_what_is_imported_beforehand_asks_for_no_gpu(tmp_path):
     """
     done = python(code, tmp_path)
     assert done.stdout == "[] False\n", done.stderr
+
+
+@LINUX
+def test_the_server_ends_by_no_signal_to_its_group(tmp_path):
+    """As `timeout`, a batch system or a terminal that is closed send them: its processes have to end first."""
+    _, first = run(tell, tmp_path)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(first["parent"], number)
+    _, second = run(tell, tmp_path)
+    assert second["parent"] == first["parent"]
+
+
+@LINUX
+def test_changed_code_is_read_anew(tmp_path, monkeypatch):
+    """Not from a server that still holds the code of before."""
+    monkeypatch.setattr(processes, "ROOT", tmp_path)
+    monkeypatch.setattr(processes, "_served", {})
+    (tmp_path / "methods").mkdir()
+    file = tmp_path / "methods" / "mine.py"
+    file.write_text("")
+    assert run(tell, tmp_path)[1]["parent"] != os.getpid()
+    os.utime(file, ns=(1, 1))
+    assert run(tell, tmp_path)[1]["parent"] == os.getpid()
+    file.unlink()
+    assert run(tell, tmp_path)[1]["parent"] == os.getpid()
+
+
+@LINUX
+def test_a_preload_that_fails_costs_time_alone(tmp_path):
+    (tmp_path / "breaks.py").write_text("raise RuntimeError('another CUDA version')\n")
+    (tmp_path / "target.py").write_text("def tell(argument, told):\n    told.send(argument)\n")
+    code = """
+        import os, pathlib, target
+        from bench import processes
+        processes.PRELOADED = ["breaks"]
+        process, heard = processes.start(target.tell, "all", pathlib.Path("log"), dict(os.environ))
+        print(heard.recv())
+    """
+    done = python(code, tmp_path)
+    assert done.stdout == "all\n" and "another CUDA version" in done.stderr
+
+
+def test_what_cannot_be_read_back_is_told_in_the_log(tmp_path):
+    process, heard = processes.start(tell, Unreadable(), tmp_path / "log", dict(os.environ))
+    with pytest.raises(EOFError):
+        heard.recv()
+    process.join()
+    assert process.exitcode == 1 and "ValueError: cannot be read back" in (tmp_path / "log").read_text()
+
+
+class Unreadable:
+    def __reduce__(self):
+        return fail, ()
+
+
+def fail():
+    raise ValueError("cannot be read back")
+
+
+def test_an_interrupt_waits_until_it_is_known_what_was_started(monkeypatch):
+    before, known, main = signal.signal(signal.SIGINT, signal.default_int_handler), False, sys.modules["__main__"]
+    monkeypatch.setenv("GIVEN", "before")
+    try:
+        with pytest.raises(KeyboardInterrupt), processes._inherited({"GIVEN": "after"}):
+            os.kill(os.getpid(), signal.SIGINT)
+            known = os.environ["GIVEN"] == "after"
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert known and os.environ["GIVEN"] == "before" and sys.modules["__main__"] is main

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import multiprocessing.forkserver
 import os
 import signal
 import time
@@ -317,23 +318,35 @@ def test_fresh_starts_anew_after_a_change(tmp_path, monkeypatch):
 
 
 def test_a_second_interrupt_kills_the_cell_at_once(monkeypatch):
+    calls = []
+
     class Stubborn:
         pid, exitcode = -1, None
 
-        def __init__(self):
-            self.calls = []
-
         def join(self, timeout=None):
-            if timeout:
-                raise KeyboardInterrupt
+            calls.append("join")
 
         def kill(self):
-            self.calls.append("kill")
+            calls.append("kill")
 
-    process = Stubborn()
-    monkeypatch.setattr(os, "kill", lambda pid, number: process.calls.append((pid, number)))
-    sweep._stop(process)
-    assert process.calls == [(-1, signal.SIGINT), "kill"]
+    class Silent:
+        def poll(self, timeout):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "kill", lambda pid, number: calls.append((pid, number)))
+    assert not sweep._stop(Stubborn(), Silent())
+    assert calls == [(-1, signal.SIGINT), "kill", "join"]
+
+
+@pytest.mark.skipif(processes.METHOD != "forkserver", reason="there is a server on Linux alone")
+def test_a_cells_record_stands_whatever_becomes_of_the_server(tmp_path):
+    """The server knows the exit code, and is killed."""
+    server = multiprocessing.forkserver._forkserver
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 3, lambda: os.kill(server._forkserver_pid, signal.SIGKILL))
+        assert bench(*asked(tmp_path, steps=6), "--out", tmp_path / "runs").exit_code == 0
+    record = only(tmp_path / "runs")
+    assert record.status == "ok" and record.history[-1]["step"] == 6
 
 
 def test_a_loss_that_explodes_is_recorded_as_diverged(tmp_path):

@@ -215,7 +215,7 @@ def _group(setting: str, place: Place, members: Sequence[Found], any_device: boo
     if any_device:
         devices = sorted({where for item in members if (where := _place(item.record)[0])})
         device = " and ".join(devices) or device
-    key = json.loads(setting) | {"device_used": device, "weights_used": weights}
+    key = json.loads(setting) | ({} if any_device else {"device_used": device}) | {"weights_used": weights}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:6]
     short = published.short_backbone(spec.backbone)
     kept, marks = _one_each(members)

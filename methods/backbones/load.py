@@ -118,7 +118,7 @@ def load_backbone(name: str, image_size: tuple[int, int], weights: WeightSource)
     mean, std = (config.mean, config.std) if config is not None else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     pretrained = weights.source == "timm"
     family = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
-    if family == "vision_transformer":
+    if family in ("vision_transformer", "deit"):
         model = _create(name, weights, pretrained, dynamic_img_size=True)
         return ViTBackbone(name, model, mean, std, image_size)
     _check_size(name, image_size)

@@ -33,6 +33,7 @@ class ViTBackbone(OpenTransformer):
         depth = len(model.blocks)
         if depth < 4:
             raise MethodError(f"backbone {name} has {depth} blocks, too few for four groups")
+        model.fc_norm, model.attn_pool = nn.Identity(), None  # of a classifier: no map goes through them
         self.model = model
         self.prefix = model.num_prefix_tokens
         self.grid = tuple(side // p for side, p in zip(size, patch, strict=True))

@@ -24,6 +24,7 @@ from methods.registry import MethodError
 Streams = Mapping[str, Tensor]
 # (frozen linear, shared stream, task streams or None) -> shared output, task outputs
 TaskLinear = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+ATTENTIONS = (timm.models.swin_transformer.WindowAttention, timm.models.vision_transformer.Attention)
 EXTRAS = ("patch_embed", "norm", "relative_position_bias_table")
 
 
@@ -139,8 +140,12 @@ def require_open(method: str, backbone: Backbone) -> OpenTransformer:
     if not isinstance(backbone, OpenTransformer):
         raise MethodError(f"{method} needs a Swin Transformer or a plain ViT and cannot run on {backbone.name}")
     for block in itertools.chain(*backbone.stages):
-        if getattr(block.attn, "gate", None) is not None or type(block.mlp) is not timm.layers.Mlp:
-            raise MethodError(f"{method} adapts qkv, proj, fc1 and fc2, and blocks of {backbone.name} have others")
+        attention, mlp = block.attn, block.mlp
+        usual = type(attention) in ATTENTIONS and getattr(attention, "gate", None) is None
+        if not usual or type(mlp) is not timm.layers.Mlp or not isinstance(mlp.norm, nn.Identity):
+            raise MethodError(
+                f"{method} adapts qkv, proj, fc1 and fc2, and blocks of {backbone.name} have more than these"
+            )
     return backbone
 
 

@@ -275,7 +275,7 @@ def test_other_transformers(build, tasks, name, make):
     sum((out * torch.randn_like(out)).mean() for out in outputs.values()).backward()
     declared = "|".join(all_methods()[name].unreached)
     missed = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    assert not [n for n in missed if not declared or not re.search(declared, n)]
+    assert not [n for n in missed if not declared or not re.search(declared, n) or ".3.0." in n]  # of two blocks
     assert model.passes(images(1, (48, 64))) in (1, len(tasks))
 
 

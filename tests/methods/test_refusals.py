@@ -20,7 +20,9 @@ REFUSED = [
     ("vpt_deep", "pvt_v2_b0", r"Swin Transformer or a plain ViT and cannot run on pvt_v2_b0"),
     ("tadformer", "pvt_v2_b0", r"Swin Transformer or a plain ViT and cannot run on pvt_v2_b0"),
     ("mtlora_plus", "dinov2_small", r"cannot run on vit_small_patch14_dinov2"),
-    ("mtlora", "vit_giant_patch14_dinov2", r"blocks of vit_giant_patch14_dinov2.* have others"),
+    ("mtlora", "vit_giant_patch14_dinov2", r"blocks of vit_giant_patch14_dinov2.* have more"),
+    ("ditask", "vit_dlittle_patch16_reg1_gap_256", r"blocks of vit_dlittle.* have more"),
+    ("progressive", "beit3_base_patch16_224", r"blocks of beit3_base.* have more"),
     ("lora", "tf_efficientnet_lite0", r"lora adapts the blocks of a transformer and cannot run on tf_efficientnet"),
     ("peft:ia3[rank=4]", "swin_tiny", r"peft:ia3 has no rank"),
 ]
