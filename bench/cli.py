@@ -14,7 +14,6 @@ from rich.table import Table
 from bench import cli_data
 from bench.errors import BenchError
 from bench.one_line import errors, one_line_errors
-from bench.recipe import Recipe
 from bench.record import REPORT, write_atomically
 
 app = typer.Typer(
@@ -538,7 +537,7 @@ def _print_cells(jobs: list, console: Console) -> None:
                 "protocol": spec.protocol,
                 "decoder": spec.decoder or "the protocol's",
                 "recipe": spec.recipe_name,
-                "learning rate": _rate(spec.recipe),
+                "learning rate": spec.recipe.rates,
                 "size": "x".join(map(str, spec.image_size)),
                 "batch": str(spec.batch_size),
                 "length": f"{spec.epochs} epochs" if spec.epochs else f"{spec.steps} steps",
@@ -561,10 +560,6 @@ def _print_cells(jobs: list, console: Console) -> None:
     for row in rows:
         table.add_row(*(escape(row[key]) for key in shown))
     console.print(table)
-
-
-def _rate(recipe: Recipe) -> str:
-    return " or ".join(f"{rate:g}" for rate in (recipe.tune.rates if recipe.tune else [recipe.optimizer.lr]))
 
 
 def _warn_random(console: Console) -> None:

@@ -79,8 +79,7 @@ def _datasets() -> typing.Iterator[tuple[str, ...]]:
 def _recipes() -> typing.Iterator[tuple[str, ...]]:
     for name in resources.names("recipes"):
         r = recipe.load(name)
-        rates = r.tune.rates if r.tune else [r.optimizer.lr]
-        rate = f"{r.optimizer.name} {' or '.join(f'{value:g}' for value in rates)}"
+        rate = f"{r.optimizer.name} {r.rates}"
         if r.optimizer.base_batch_size:
             rate += f" at batch {r.optimizer.base_batch_size}"
         if r.optimizer.backbone_factor != 1:

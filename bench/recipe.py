@@ -88,9 +88,11 @@ class Measure(Strict):
 class Tuning(Strict):
     """Learning rates that every method tries before it trains, each in a trial of its own: the same number of trials
     of the same length for all. A trial trains on the training split less its share `holdout` and is scored on that
-    share; the validation split is not looked at. The rate with the best score is trained with."""
+    share; the validation split is not looked at. The rate with the best score is trained with. Where that is the
+    smallest or the largest, up to `extend` rates beyond it are tried as well, one after the other."""
 
     rates: Annotated[tuple[Positive, ...], Field(min_length=2)]
+    extend: Annotated[int, Field(ge=0)] = 0
     length: Annotated[float, Field(gt=0, le=1)] = 0.25  # of the run's steps
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of the training images in use
 
@@ -133,6 +135,14 @@ class Recipe(Strict):
     def with_rate(self, rate: float) -> Recipe:
         """The same with this learning rate, and nothing left to tune."""
         return self.model_copy(update={"optimizer": self.optimizer.model_copy(update={"lr": rate}), "tune": None})
+
+    @property
+    def rates(self) -> str:
+        """Its learning rate, or those that it tries, in words."""
+        if self.tune is None:
+            return f"{self.optimizer.lr:g}"
+        more = f" (and up to {self.tune.extend} beyond)" if self.tune.extend else ""
+        return " or ".join(f"{rate:g}" for rate in self.tune.rates) + more
 
     def untuned(self) -> Recipe:
         """For measuring steps whose outcome does not matter: a recipe that tunes with its middle rate."""

@@ -71,12 +71,16 @@ class RunSpec(BaseModel):
     @property
     def hash(self) -> str:
         """Twelve hex digits of the content. The seed is left out, so that the seeds of a cell sit side by side."""
-        content = json.dumps(self.setting() | {"method": self.method}, sort_keys=True)
+        content = self.setting() | {"method": self.method}
+        if self.recipe.tune and self.recipe.tune.extend:
+            content["extend"] = self.recipe.tune.extend
+        content = json.dumps(content, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
     def setting(self) -> dict[str, Any]:
         """What two cells must share to be compared: all but method and seed. A recipe counts by what it does: its
-        name and prose decide nothing, nor does what the spec itself settles (its batch size, length and limits)."""
+        name and prose decide nothing, nor does what the spec itself settles (its batch size, length and limits). How
+        far learning rates may be extended matters only to a choice at their edge, and that reports mark."""
         setting = self.model_dump(
             mode="json",
             exclude={"method": True, "seed": True, "recipe_name": True, "recipe": {"title", "source"} | SETTLED},
@@ -87,6 +91,8 @@ class RunSpec(BaseModel):
             for name, default in defaults.items():
                 if part[name] == default:  # as in records from before there was a choice
                     del part[name]
+        if "tune" in recipe:
+            del recipe["tune"]["extend"]
         return setting
 
     def relative_path(self) -> PurePosixPath:

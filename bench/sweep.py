@@ -31,7 +31,7 @@ from bench.measure import provenance
 from bench.record import Failure, Record
 from bench.run import blank_record, run_in_process
 from bench.spec import Job
-from bench.tuning import choose, score, trials
+from bench.tuning import choose, next_rate, score, trial
 
 GRACE_SECONDS = 120  # for a cell to finish its step and write its checkpoint after an interrupt
 
@@ -91,10 +91,12 @@ def run_all(jobs: Sequence[Job], console: Console, retry: bool = False, fresh: b
                 result = finished(job, retry, fresh)
                 verb = "kept" if result else "done"
                 if result is None and job.spec.recipe.tune and job.spec.steps != 0:
-                    for trial in trials(job):
-                        if trial.record_path not in tried:
-                            tried[trial.record_path] = _try(trial, label, progress, console, retry, fresh)
-                    found = [tried[trial.record_path] for trial in trials(job)]
+                    found: list[Record] = []
+                    while (rate := next_rate(job.spec.recipe.tune, found)) is not None:
+                        of_rate = trial(job, rate)
+                        if of_rate.record_path not in tried:
+                            tried[of_rate.record_path] = _try(of_rate, label, progress, console, retry, fresh)
+                        found.append(tried[of_rate.record_path])
                     job = job.model_copy(update={"tuned": choose(found)})
                     if any(record.status == "interrupted" for record in found):  # by somebody else's signal
                         result = blank_record(job)
@@ -142,12 +144,12 @@ def _run_shown(job: Job, label: str, progress: Progress, console: Console, fresh
     return result
 
 
-def _try(trial: Job, label: str, progress: Progress, console: Console, retry: bool, fresh: bool) -> Record:
+def _try(job: Job, label: str, progress: Progress, console: Console, retry: bool, fresh: bool) -> Record:
     """A learning rate's trial, or its record from before."""
-    label = f"{label.rpartition(' · ')[0]} · trial of lr {trial.spec.recipe.optimizer.lr:g}"
-    with only_here(trial, label, console):
-        found = finished(trial, retry, fresh)
-        result = _run_shown(trial, label, progress, console, fresh) if found is None else found
+    label = f"{label.rpartition(' · ')[0]} · trial of lr {job.spec.recipe.optimizer.lr:g}"
+    with only_here(job, label, console):
+        found = finished(job, retry, fresh)
+        result = _run_shown(job, label, progress, console, fresh) if found is None else found
     verb = "kept" if found else "tried"
     if result.status != "ok":
         reason = f": {escape(result.failure.message)}" if result.failure else ""
@@ -163,17 +165,19 @@ def _run_one(job: Job, progress: Progress, line: TaskID) -> Record:
     job.record_path.parent.mkdir(parents=True, exist_ok=True)
     environment = processes.environment(job.spec.device_kind == "cuda", job.device_index)
     process, heard = processes.start(run_in_process, job, job.log_path, environment)
+    told: set[str] = set()
     try:
-        ended = _listen(heard, lambda event: _show(event, progress, line))
+        _listen(heard, told, lambda event: _show(event, progress, line))
         process.join()
     except BaseException:
         progress.update(line, note="stopping after this step")
-        if not _stop(process, heard):
+        _stop(process, heard, told)
+        if "ended" not in told:
             _crashed(job, process.exitcode, "interrupted").write(job.out)
         raise
     finally:
         heard.close()
-    if ended:
+    if "ended" in told:
         found = records.read(job.record_path)
         if found.status != "interrupted":  # by somebody else's signal
             job.log_path.unlink(missing_ok=True)
@@ -183,31 +187,27 @@ def _run_one(job: Job, progress: Progress, line: TaskID) -> Record:
     return crashed
 
 
-def _listen(heard: Connection, show: Callable[[dict], None], seconds: float | None = None) -> bool:
-    """Show what the cell tells until it is gone, or that time has passed in silence. Whether it has written its record:
-    that it says last, and its exit code is not always to be had."""
-    ended = False
+def _listen(heard: Connection, told: set[str], show: Callable[[dict], None], seconds: float | None = None) -> None:
+    """Show what the cell tells until it is gone, or that time has passed in silence. `told` gets the events' names,
+    "ended" as soon as its record is written: its exit code is not always to be had."""
     with suppress(EOFError):
         while heard.poll(seconds):
             event = heard.recv()
-            ended = event["event"] == "ended"
+            told.add(event["event"])
             show(event)
-    return ended
 
 
-def _stop(process: BaseProcess, heard: Connection) -> bool:
-    """Let the cell finish its step and write; whether it has."""
+def _stop(process: BaseProcess, heard: Connection, told: set[str]) -> None:
+    """Let the cell finish its step and write its record."""
     if process.exitcode is None:
         with suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGINT)
-    ended = False
     with suppress(KeyboardInterrupt):  # a second Ctrl-C: now
-        ended = _listen(heard, lambda event: None, GRACE_SECONDS)
+        _listen(heard, told, lambda event: None, GRACE_SECONDS)
         process.join(1)
     if process.exitcode is None:
         process.kill()
         process.join()
-    return ended
 
 
 def _crashed(job: Job, code: int, status: records.Status) -> Record:

@@ -5,30 +5,35 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from bench.recipe import Tuning
 from bench.record import Record
 from bench.spec import Job, Trial, Tried, Tuned
 from bench.tasks import TASKS
 
 
-def trials(job: Job) -> list[Job]:
-    """A job for every rate of the recipe. They have seed 0, so that all seeds of a cell share them."""
+def trial(job: Job, rate: float) -> Job:
+    """The job of one rate. It has seed 0, so that all seeds of a cell share it."""
     spec, tuning = job.spec, job.spec.recipe.tune
-    return [
-        job.model_copy(
-            update={
-                "spec": spec.model_copy(
-                    update={
-                        "recipe": spec.recipe.with_rate(rate),
-                        "trial": Trial(length=tuning.length, holdout=tuning.holdout),
-                        "seed": 0,
-                    }
-                ),
-                "keep_weights": False,
-                "probes": 0,
-            }
-        )
-        for rate in tuning.rates
-    ]
+    changes = {
+        "recipe": spec.recipe.with_rate(rate),
+        "trial": Trial(length=tuning.length, holdout=tuning.holdout),
+        "seed": 0,
+    }
+    return job.model_copy(update={"spec": spec.model_copy(update=changes), "keep_weights": False, "probes": 0})
+
+
+def next_rate(tuning: Tuning, records: Sequence[Record]) -> float | None:
+    """The rate to try after those of `records`: the recipe's in turn, then one beyond the edge as long as the best is
+    there, as far from it as its neighbour is on the other side. None where all is tried."""
+    if len(records) < len(tuning.rates):
+        return tuning.rates[len(records)]
+    best = choose(records).rate
+    if best is None or len(records) >= len(tuning.rates) + tuning.extend:
+        return None
+    rates = sorted(record.spec.recipe.optimizer.lr for record in records)
+    if best == rates[0]:
+        return float(f"{best * best / rates[1]:.6g}")
+    return float(f"{best * best / rates[-2]:.6g}") if best == rates[-1] else None
 
 
 def held_out(names: Sequence[str], share: float, blocks: int = 8) -> tuple[list[str], list[str]]:

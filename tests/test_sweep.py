@@ -334,8 +334,18 @@ def test_a_second_interrupt_kills_the_cell_at_once(monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "kill", lambda pid, number: calls.append((pid, number)))
-    assert not sweep._stop(Stubborn(), Silent())
+    sweep._stop(Stubborn(), Silent(), set())
     assert calls == [(-1, signal.SIGINT), "kill", "join"]
+
+
+def test_an_interrupt_between_a_cells_record_and_its_end_loses_nothing(tmp_path, monkeypatch):
+    def show(event, progress, line):
+        if event["event"] == "ended":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "_show", show)
+    assert bench(*asked(tmp_path, steps=2), "--out", tmp_path / "runs").exit_code == 130
+    assert only(tmp_path / "runs").status == "ok"
 
 
 @pytest.mark.skipif(processes.METHOD != "forkserver", reason="there is a server on Linux alone")

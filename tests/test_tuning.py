@@ -10,10 +10,10 @@ from pydantic import ValidationError
 
 from bench import record as records
 from bench import resources
-from bench.recipe import Recipe
+from bench.recipe import Recipe, Tuning
 from bench.record import Failure
 from bench.tasks import delta_m
-from bench.tuning import choose, held_out, score
+from bench.tuning import choose, held_out, next_rate, score
 from tests.report import records as make
 from tests.test_sweep import RECIPE, asked, at_step, bench, found
 
@@ -77,6 +77,36 @@ def test_what_has_no_figure_is_never_chosen(tmp_path):
     assert choose([dead, diverged, partial, fine]).rate == 1e-3
     none = choose([dead, diverged])
     assert none.rate is None and "no learning rate came to a score" in none.reason
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ({1e-3: 1}, 1e-2),  # of the recipe, in its order
+        ({1e-3: 1, 1e-2: 2}, 4e-3),
+        ({1e-3: 1, 1e-2: 2, 4e-3: 3}, None),  # inside
+        ({1e-3: 3, 1e-2: 1, 4e-3: 2}, 2.5e-4),  # 1e-3 / 4
+        ({1e-3: 1, 1e-2: 3, 4e-3: 2}, 2.5e-2),  # 1e-2 * 2.5
+        ({1e-3: 3, 1e-2: 1, 4e-3: 2, 2.5e-4: 1}, None),
+        ({1e-3: 3, 1e-2: 1, 4e-3: 2, 2.5e-4: 4}, 6.25e-5),
+        ({1e-3: 3, 1e-2: 1, 4e-3: 2, 2.5e-4: 4, 6.25e-5: 5}, None),  # two and no more
+        ({1e-3: 0, 1e-2: 0, 4e-3: 0}, None),  # none has a score
+    ],
+)
+def test_beyond_the_edge_is_tried_where_the_best_is_there(tmp_path, scores, expected):
+    tuning = Tuning(rates=[1e-3, 1e-2, 4e-3], extend=2)
+    found = [trial(tmp_path, rate, {"semseg": 10.0 * value}) for rate, value in scores.items()]
+    assert next_rate(tuning, found) == expected
+    if len(found) >= 3:
+        assert next_rate(Tuning(rates=tuning.rates), found) is None
+
+
+def test_how_far_rates_may_be_extended_makes_a_cell_of_its_own_in_the_same_table(tmp_path):
+    for seed, more in enumerate(({}, {"extend": 1})):
+        tuned = make.recipe(optimizer={"name": "adamw"}, tune=TUNE | more)
+        make.make(tmp_path, "ours", recipe=tuned, seed=seed)
+    (group,) = make.groups(tmp_path)
+    assert len({item.record.spec.hash for item in group.found}) == 2
 
 
 @pytest.mark.parametrize("status", ["failed", "out_of_memory", "interrupted"])
@@ -211,6 +241,24 @@ def test_only_trials_are_nothing_to_report(tuned, tmp_path):
     tried[0].write(tmp_path)
     shown = bench("report", tmp_path)
     assert shown.exit_code == 2 and "only trials of learning rates" in " ".join(shown.output.split())
+
+
+def test_a_run_goes_on_beyond_the_edge(tmp_path):
+    """As far as the rule says, for all seeds at once; the report has a column for each rate."""
+    few = {"steps": 4, "tune": TUNE | {"rates": [1e-6, 1e-5], "extend": 2}}
+    assert bench(*asked(tmp_path, **(TUNED | few)), "--seeds", "0,1", "--out", tmp_path / "runs").exit_code == 0
+    tried, cells = parts(tmp_path / "runs")
+    by_rate = {r.spec.recipe.optimizer.lr: r for r in tried}
+    for cell in cells:
+        rates = [each.rate for each in cell.tuned.tried]
+        assert rates[:2] == [1e-6, 1e-5] and set(rates) == set(by_rate) and cell.tuned.rate in rates
+        assert next_rate(cell.spec.recipe.tune, [by_rate[rate] for rate in rates]) is None
+        assert len(rates) == 4 or cell.tuned.rate not in (min(rates), max(rates))
+    assert len(cells) == 2 and len(tried) > 2
+    shown = " ".join(bench("report", tmp_path / "runs").output.split())
+    assert "the same 2 learning rates (and those whose best was at the edge some beyond)" in shown
+    dry = bench(*asked(tmp_path, **(TUNED | few)), "--dry-run", "--out", tmp_path / "runs").output
+    assert "1e-06 or 1e-05 (and up to 2 beyond)" in " ".join(dry.split())
 
 
 def test_no_rate_that_works_is_a_diverged_cell_with_its_cost(tmp_path):

@@ -151,10 +151,12 @@ def efficiency_sheet(group: Group, table: pd.DataFrame, against: str) -> Sheet:
 def rates_sheet(group: Group, table: pd.DataFrame) -> Sheet:
     tuning = group.spec.recipe.tune
     views = [View("chosen", tables.RATE, lambda rate: f"{rate:g}")]
-    for rate in sorted(tuning.rates):
+    tried = {each.rate for item in group.found if item.record.tuned for each in item.record.tuned.tried}
+    for rate in sorted(tried):
         views.append(View(tables.rate_column(rate), tables.rate_column(rate), signed))
+    more = " (and those whose best was at the edge some beyond)" if tried > set(tuning.rates) else ""
     notes = [
-        f"Each method tried the same {len(tuning.rates)} learning rates for {tuning.length:.0%} of the steps on "
+        f"Each method tried the same {len(tuning.rates)} learning rates{more} for {tuning.length:.0%} of the steps on "
         f"{1 - tuning.holdout:.0%} of the training images. Figures: change of the tasks' metrics in percent against "
         "the chosen rate (geometric mean; negative is worse) on the other training images. The validation split was "
         "not looked at."
