@@ -63,3 +63,16 @@ def test_figures_of_a_cpu_never_go_under_a_gpus_name(monkeypatch, tmp_path):
     monkeypatch.setattr("accelerate.Accelerator", lambda **_: SimpleNamespace(device=torch.device("cpu")))
     with pytest.raises(RuntimeError, match="accelerate chose cpu where cuda was asked for"):
         run.run_cell(job, run.blank_record(job), lambda event, **values: None)
+
+
+@needs_gpu
+def test_cells_are_forked_from_a_server_that_has_touched_no_gpu(tmp_path):
+    """Else each would be started anew, with all its imports."""
+    from multiprocessing import forkserver
+
+    from rich.console import Console
+
+    (record,) = sweep.run_all(grid.jobs(None, BASE, None, "cuda", 0, tmp_path), Console())
+    assert record.status == "ok" and record.time.device == "cuda"
+    opened = Path(f"/proc/{forkserver._forkserver._forkserver_pid}/fd")
+    assert not [entry for entry in opened.iterdir() if str(entry.readlink()).startswith("/dev/nvidia")]
