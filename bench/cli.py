@@ -213,7 +213,7 @@ def report(
     if table:
         papers.report(table, folder, save, Console(), json)
         return
-    out = save or folder / "report"
+    out = save or folder / ("report-any-device" if any_device else "report")
     if html:
         render.page(folder, out, reference, gallery or [], Console())
         return

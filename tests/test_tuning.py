@@ -107,6 +107,7 @@ def test_how_far_rates_may_be_extended_makes_a_cell_of_its_own_in_the_same_table
         make.make(tmp_path, "ours", recipe=tuned, seed=seed)
     (group,) = make.groups(tmp_path)
     assert len({item.record.spec.hash for item in group.found}) == 2
+    assert any("not tuned alike" in mark for mark in group.marks)
 
 
 @pytest.mark.parametrize("status", ["failed", "out_of_memory", "interrupted"])
@@ -256,7 +257,7 @@ def test_a_run_goes_on_beyond_the_edge(tmp_path):
         assert len(rates) == 4 or cell.tuned.rate not in (min(rates), max(rates))
     assert len(cells) == 2 and len(tried) > 2
     shown = " ".join(bench("report", tmp_path / "runs").output.split())
-    assert "the same 2 learning rates (and those whose best was at the edge some beyond)" in shown
+    assert "the same 2 learning rates, some whose best was at the edge others beyond it, for" in shown
     dry = bench(*asked(tmp_path, **(TUNED | few)), "--dry-run", "--out", tmp_path / "runs").output
     assert "1e-06 or 1e-05 (and up to 2 beyond)" in " ".join(dry.split())
 

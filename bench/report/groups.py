@@ -227,6 +227,11 @@ def _group(setting: str, place: Place, members: Sequence[Found], any_device: boo
         f"seeds of {method} were trained at different learning rates: {', '.join(f'{r:g}' for r in sorted(found))}"
         for method, values in rates.items() if len(found := values - {None}) > 1
     ]  # fmt: skip
+    extended = {item.record.spec.recipe.tune.extend for item in kept if item.record.spec.recipe.tune}
+    if len(extended) > 1:
+        marks.append(
+            "rows were not tuned alike: where the best rate was at the edge, some tried others beyond it, some did not"
+        )
     if weights == "random":
         marks.insert(0, "RANDOM BACKBONE WEIGHTS, nothing was pretrained: accuracy and Delta-m do not rank the methods")
     if any_device and len(devices) > 1:

@@ -154,7 +154,7 @@ def rates_sheet(group: Group, table: pd.DataFrame) -> Sheet:
     tried = {each.rate for item in group.found if item.record.tuned for each in item.record.tuned.tried}
     for rate in sorted(tried):
         views.append(View(tables.rate_column(rate), tables.rate_column(rate), signed))
-    more = " (and those whose best was at the edge some beyond)" if tried > set(tuning.rates) else ""
+    more = ", some whose best was at the edge others beyond it," if tried > set(tuning.rates) else ""
     notes = [
         f"Each method tried the same {len(tuning.rates)} learning rates{more} for {tuning.length:.0%} of the steps on "
         f"{1 - tuning.holdout:.0%} of the training images. Figures: change of the tasks' metrics in percent against "
@@ -240,9 +240,10 @@ def _notes(group: Group, table: pd.DataFrame, against: str) -> list[str]:
     tuned = [record for records in group.methods() for record in records if record.tuned]
     if tuned:
         edge = dict.fromkeys(record.method.title for record in tuned if tables.at_edge(record.tuned))
+        alike = "" if len({record.spec.recipe.tune.extend for record in tuned}) > 1 else "alike, "
         beyond = f" At the edge of what was tried, so a better one may lie beyond: {', '.join(edge)}." if edge else ""
         notes.append(
-            "Learning rates were tuned alike, once for all seeds: the choice is in no interval and in no p." + beyond
+            f"Learning rates were tuned {alike}once for all seeds: the choice is in no interval and in no p.{beyond}"
         )
     seeds = table[tables.SEEDS].dropna()
     if (seeds > 1).any():

@@ -148,7 +148,7 @@ def load_backbone(name: str, image_size: tuple[int, int], weights: WeightSource)
 def _create(name: str, weights: WeightSource, pretrained: bool, **options: Any) -> nn.Module:
     model = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
     if weights.path:
-        _load_file(model, weights.path, name)
+        _load_file(model, weights.path, name, whole=True)
     return model
 
 
@@ -160,8 +160,9 @@ def _check_size(name: str, size: tuple[int, int]) -> None:
         )
 
 
-def _load_file(model: nn.Module, path: Path, name: str) -> None:
-    """Load a timm checkpoint (safetensors, or a weights-only .pth) and refuse one of another model."""
+def _load_file(model: nn.Module, path: Path, name: str, whole: bool = False) -> None:
+    """Load a timm checkpoint (safetensors, or a weights-only .pth) and refuse one of another model. `whole` says that
+    the model has all its layers, as a feature extractor has not."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -180,6 +181,8 @@ def _load_file(model: nn.Module, path: Path, name: str) -> None:
     wanted = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith("num_batches_tracked")}
     # A feature extractor flattens its top-level modules (stages.0 -> stages_0).
     state = {_flattened(key, wanted): tensor for key, tensor in state.items()}
+    if whole:
+        _refuse_more(model, state, path, name)
     missing = [k for k in wanted if k not in state]
     wrong = [k for k, v in wanted.items() if k in state and state[k].shape != v.shape]
     if missing or wrong:
@@ -189,6 +192,19 @@ def _load_file(model: nn.Module, path: Path, name: str) -> None:
             f"{len(wrong)} differ in shape (it {example})"
         )
     model.load_state_dict({k: v for k, v in state.items() if k in wanted}, strict=False)
+
+
+def _refuse_more(model: nn.Module, state: dict[str, torch.Tensor], path: Path, name: str) -> None:
+    """Layers of a part that the model has, but fewer of: its weights are those of a deeper one. A part that it lacks, a
+    classifier's head, and buffers of other versions are no such."""
+    modules = {module for module, _ in model.named_modules()}
+    parts = {module.partition(".")[0] for module in modules}
+    more = [key for key in state if key.partition(".")[0] in parts and key.rpartition(".")[0] not in modules]
+    if more:
+        raise MethodError(
+            f"{path} does not hold the weights of {name} but of a model with more layers: {len(more)} of its "
+            f"{len(state)} tensors have no place (e.g. {more[0]})"
+        )
 
 
 def _flattened(key: str, wanted: dict[str, torch.Tensor]) -> str:

@@ -150,6 +150,25 @@ def test_weights_of_another_model_are_refused(tmp_path, convnext):
     assert one_line(caught)
 
 
+@pytest.mark.parametrize(
+    ("shallow", "deep"),
+    [("swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224"), ("test_vit", "test_vit")],
+)
+def test_weights_of_a_deeper_model_are_refused(tmp_path, shallow, deep):
+    """Every tensor of the shallow one is in them; a classifier's head and a buffer too many are no reason."""
+    state = timm.create_model(deep, **({"depth": 8} if shallow == deep else {})).state_dict()
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, tmp_path / "deep.safetensors")
+    size = (64, 64) if "swin" in shallow else (160, 160)
+    with pytest.raises(MethodError, match="of a model with more layers") as caught:
+        load_backbone(full_name(shallow), size, WeightSource("file", tmp_path / "deep.safetensors"))
+    assert one_line(caught)
+    own = timm.create_model(shallow).state_dict() | {"layers.0.blocks.1.attn_mask": torch.zeros(1)}
+    if "vit" in shallow:
+        del own["layers.0.blocks.1.attn_mask"]
+    save_file({key: tensor.contiguous() for key, tensor in own.items()}, tmp_path / "own.safetensors")
+    load_backbone(full_name(shallow), size, WeightSource("file", tmp_path / "own.safetensors"))
+
+
 def test_weights_of_another_width_are_refused(tmp_path, convnext):
     state = convnext.state_dict()
     state["stem.0.weight"] = torch.zeros(5, 3, 4, 4)

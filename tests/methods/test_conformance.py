@@ -280,6 +280,23 @@ def test_other_transformers(build, tasks, name, make):
     assert model.passes(images(1, (48, 64))) in (1, len(tasks))
 
 
+@every_method
+def test_start_on_a_vit(build, name):
+    """As on Swin, where there is no layer scale to be forgotten and no class token."""
+    if not all_methods()[name].starts_pretrained:
+        return
+    try:
+        model = build(name, protocol="equal", backbone=small_vit, size=(48, 64)).eval()
+    except MethodError:
+        return
+    torch.manual_seed(0)
+    backbone = small_vit((48, 64)).eval()
+    with torch.no_grad():
+        maps, features = backbone(images(2, (48, 64))).maps, model.encoder(images(2, (48, 64))).task
+    distances = [(a - b).norm() / b.norm() for given in features.values() for a, b in zip(given, maps, strict=True)]
+    assert max(distances) < 1e-5, f"{name} starts_pretrained, yet its maps are {max(distances):.1%} off the backbone's"
+
+
 @pytest.mark.parametrize("name", sorted(RUNS_ANYWHERE))
 def test_trained_state_on_a_pyramid_holds_no_frozen_tensor(build, name):
     model = build(name, backbone=lambda size: load_backbone("test_resnet", size, WeightSource("random")))
