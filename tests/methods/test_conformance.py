@@ -244,11 +244,11 @@ def test_convolutional_pyramid(build, tasks, name, pyramid):
     assert {task: tuple(out.shape) for task, out in outputs.items()} == {t: (2, n, 64, 64) for t, n in tasks.items()}
 
 
-def small_vit(size):
+def small_vit(size, **changes):
     """Patches of 8, class and register tokens, layer scale, as DINOv2 has them."""
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=24, num_heads=3, depth=5, num_classes=0,
-        reg_tokens=2, init_values=0.5, dynamic_img_size=True,
+        reg_tokens=2, init_values=0.5, dynamic_img_size=True, **changes,
     )  # fmt: skip
     return ViTBackbone("small_vit", model, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), size)
 

@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from methods.backbones.swin import attend, into_windows, out_of_windows
-from methods.backbones.timm_import import timm
-from methods.backbones.vit import ViTBackbone
 from methods.ditask import DeformedLinear
 from methods.ditask import Options as DiTASKOptions
 from methods.layers.cpab import transform
 from methods.progressive import average_linkage
+from tests.methods.test_conformance import small_vit
 
 
 def images(count=2, size=(64, 64)):
@@ -291,13 +290,9 @@ def test_tadformer_prompts_are_their_tasks(build, names):
 
 
 def vit(size=(48, 64), **changes):
-    """Patches of 8, class and register tokens, layer scale, as DINOv2 has them; five blocks in groups of 1, 1, 1, 2."""
-    model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=24, num_heads=3, depth=5, num_classes=0,
-        reg_tokens=2, init_values=0.5, dynamic_img_size=True, **changes,
-    )  # fmt: skip
-    backbone = ViTBackbone("vit", model, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), size)
-    for block in model.blocks:  # as if trained: at initialisation much would be too small to be missed
+    """Of five blocks in groups of 1, 1, 1, 2."""
+    backbone = small_vit(size, **changes)
+    for block in backbone.model.blocks:  # as if trained: at initialisation much would be too small to be missed
         nn.init.normal_(block.attn.qkv.weight, std=0.3)
         nn.init.uniform_(block.ls1.gamma, 0.3, 0.9)
         nn.init.uniform_(block.ls2.gamma, 0.3, 0.9)
