@@ -82,6 +82,7 @@ class Provenance(Part):
     packages: dict[str, str]
     commit: str | None = None
     dirty: bool | None = None
+    code: str | None = None  # of the files that this cell is run by: bench.measure.code
     earlier_commits: list[str] = []  # other code that trained a part of it, before an interrupt
     data_fingerprint: str = ""
     weights: Weights | None = None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bench.data import card as cards
 from bench.errors import BenchError
 from bench.failure import classify
-from bench.measure import gpu_state, provenance
+from bench.measure import code, gpu_state, provenance
 from bench.record import Estimated, MethodInfo, Parameters, Record, Weights
 from bench.spec import Job, RunSpec
 from bench.tuning import held_out
@@ -286,6 +286,7 @@ def blank_record(job: Job) -> Record:
     """A record that says what was to be run and where, before it has run."""
     about = provenance.describe(job.spec.device, job.device_name)
     about.data_fingerprint = job.spec.data_fingerprint
+    about.code = code.fingerprint(job.spec.method)
     return Record(status="interrupted", spec=job.spec, method=method_info(job.spec.method), provenance=about)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
 import tempfile
@@ -23,11 +24,12 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from safetensors import SafetensorError, safe_open
 
 from bench import processes
 from bench import record as records
 from bench.errors import BenchError
-from bench.measure import provenance
+from bench.measure import code
 from bench.record import Failure, Record
 from bench.run import blank_record, run_in_process
 from bench.spec import Job
@@ -49,16 +51,22 @@ def finished(job: Job, retry: bool = False, fresh: bool = False) -> Record | Non
 
 
 def forget_other_code(job: Job) -> None:
-    """Delete the cell's checkpoint unless the code of this very commit left it: `--fresh` is for code that changed."""
-    commit, dirty = provenance.git_state()
+    """Delete the cell's checkpoint unless this very code left it: `--fresh` is for code that changed."""
     try:
         made = records.read(job.record_path)
     except BenchError:
         made = None
-    same = made is not None and made.status == "interrupted" and made.provenance is not None
-    known = dirty is False and same and made.provenance.dirty is False  # None: nobody looked
-    if not (known and commit and made.provenance.commit == commit):
+    if made is None or made.status != "interrupted" or _other_code(made):
         job.checkpoint_path.unlink(missing_ok=True)
+
+
+def _other_code(made: Record) -> str:
+    """Which other code than this a record comes from, in words; "" where it is this."""
+    about = made.provenance
+    if about is None or about.code == code.fingerprint(made.spec.method):
+        return ""
+    changed = " and changes to it" if about.dirty else ""
+    return f"other code (commit {about.commit[:8]}{changed})" if about.commit else "other code"
 
 
 def check_writable(out: Path) -> None:
@@ -137,11 +145,23 @@ def _run_shown(job: Job, label: str, progress: Progress, console: Console, fresh
     if fresh:
         forget_other_code(job)
     if job.checkpoint_path.is_file():
-        console.print(f"resuming  {label} from its checkpoint")
+        console.print(f"resuming  {label}{_whence(job)}")
     line = progress.add_task(label, total=None, note="starting")
     result = _run_one(job, progress, line)
     progress.remove_task(line)
     return result
+
+
+def _whence(job: Job) -> str:
+    """From which step a cell goes on, and whether other code has trained so far; what it can know of it."""
+    told = ""
+    with suppress(SafetensorError, OSError, KeyError, ValueError):  # the cell says what is wrong with it
+        with safe_open(job.checkpoint_path, "np") as file:
+            told = f" from step {json.loads((file.metadata() or {})['bench'])['step']}"
+    with suppress(BenchError):
+        if other := _other_code(records.read(job.record_path)):
+            told += f", trained by {other}: --fresh starts anew"
+    return told
 
 
 def _try(job: Job, label: str, progress: Progress, console: Console, retry: bool, fresh: bool) -> Record:
@@ -236,13 +256,14 @@ def _show(event: dict, progress: Progress, line: TaskID) -> None:
 
 
 def _summary(label: str, verb: str, result: Record) -> str:
+    """A line of what a cell has come to, with the digits by which `bench show` finds its record."""
+    name = f"[dim]{result.path(Path()).stem}[/dim]"
     if result.status != "ok":
         kept = "kept: " if verb == "kept" else ""
         again = " (--retry runs it again)" if verb == "kept" else ""
         reason = f": {escape(result.failure.message)}" if result.failure else ""
-        return f"[red]{kept}{result.status.replace('_', ' ')}[/red]  {label}{reason}{again}"
-    made = result.provenance.commit if result.provenance else None
-    older = verb == "kept" and made is not None and made != provenance.git_state()[0]
-    origin = f", measured at commit {made[:8]} (--fresh runs it again)" if older else ""
+        return f"[red]{kept}{result.status.replace('_', ' ')}[/red]  {label}{reason}{again} {name}"
+    other = _other_code(result) if verb == "kept" else ""
+    origin = f", measured by {other}: --fresh runs it again" if other else ""
     figures = f"{result.parameters.trainable / 1e6:.2f} M trainable, {result.time.median:.3f} s/batch"
-    return f"[green]{verb}[/green]  {label}: {figures} on {result.time.device}{origin}"
+    return f"[green]{verb}[/green]  {label}: {figures} on {result.time.device}{origin} {name}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import multiprocessing.forkserver
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from bench import grid, processes, resources, run, sweep
 from bench import record as records
 from bench.cli import app
-from bench.measure import provenance
+from bench.measure import code, provenance
 from bench.record import Failure
 
 STEPS = 60
@@ -135,7 +136,7 @@ def test_the_cell_after_a_failed_one_still_runs(killed):
 
 def test_the_same_command_runs_nothing_twice(killed):
     assert killed["again"].exit_code == 1 and "1 of 2 cells ok" in killed["again"].stdout
-    assert "done " not in killed["again"].stdout
+    assert "done " not in killed["again"].stdout and "other code" not in killed["again"].stdout
     assert not killed["touched"] and killed["seconds of again"] < 5
 
 
@@ -147,7 +148,9 @@ def test_a_report_skips_half_a_record_with_a_line(killed):
 
 
 def test_retry_runs_what_failed_and_half_a_record_is_run_again(killed):
-    assert killed["retried"].exit_code == 0 and killed["retried"].stdout.count("done ") == 2
+    said = killed["retried"].stdout
+    assert killed["retried"].exit_code == 0 and said.count("done ") == 2
+    assert all(f"{record.spec.hash}-s{record.spec.seed}" in said for record in killed["after"])  # for `bench show`
     assert [record.status for record in killed["after"]] == ["ok", "ok"]
 
 
@@ -260,6 +263,7 @@ def test_the_same_command_goes_on_where_it_stopped(resumed):
     assert resumed["resumed"].exit_code == 0
     steps = [event["step"] for event in resumed["events"] if "loss" in event]
     assert 12 < steps[0] <= STEPS and steps == list(range(steps[0], STEPS + 1))
+    assert re.search(rf"from step {steps[0] - 1}\b", resumed["resumed"].stdout)
     assert [entry["step"] for entry in resumed["record after"].history] == list(range(1, STEPS + 1))
 
 
@@ -276,20 +280,17 @@ def test_nothing_but_the_record_and_what_was_trained_is_left_in_the_end(resumed)
 
 
 @pytest.mark.parametrize(
-    ("status", "made_at", "dirty_then", "dirty_now", "goes_on"),
+    ("status", "made_by", "goes_on"),
     [
-        ("interrupted", "now", False, False, True),
-        ("interrupted", "before", False, False, False),
-        ("interrupted", "now", True, False, False),
-        ("interrupted", "now", False, True, False),
-        ("interrupted", "now", None, None, False),  # a copy of the tree: nobody knows what was edited in it
-        ("interrupted", "now", None, False, False),
-        ("failed", "now", False, False, False),
-        (None, "now", False, False, False),
+        ("interrupted", "this", True),
+        ("interrupted", "that", False),
+        ("interrupted", None, False),  # a record from before there were fingerprints
+        ("failed", "this", False),
+        (None, "this", False),
     ],
 )
 def test_fresh_goes_on_only_from_a_checkpoint_of_the_same_code(
-    resumed, tmp_path, monkeypatch, status, made_at, dirty_then, dirty_now, goes_on
+    resumed, tmp_path, monkeypatch, status, made_by, goes_on
 ):
     made = resumed["record"]
     job = SimpleNamespace(
@@ -297,9 +298,9 @@ def test_fresh_goes_on_only_from_a_checkpoint_of_the_same_code(
     )
     job.checkpoint_path.touch()
     if status:
-        provenance = made.provenance.model_copy(update={"commit": made_at, "dirty": dirty_then})
+        provenance = made.provenance.model_copy(update={"code": made_by})
         made.model_copy(update={"status": status, "provenance": provenance}).write(tmp_path)
-    monkeypatch.setattr(sweep.provenance, "git_state", lambda: ("now", dirty_now))
+    monkeypatch.setattr(sweep.code, "fingerprint", lambda expression: "this")
     sweep.forget_other_code(job)
     assert job.checkpoint_path.exists() == goes_on
 
@@ -311,10 +312,19 @@ def test_fresh_starts_anew_after_a_change(tmp_path, monkeypatch):
         bench(*args)
     (checkpoint,) = (tmp_path / "runs").rglob("*.safetensors")
     assert only(tmp_path / "runs").status == "interrupted"
-    monkeypatch.setattr(sweep.provenance, "git_state", lambda: ("another", False))
+    own = code.fingerprint("decoder_only")
+    assert only(tmp_path / "runs").provenance.code == own
+    monkeypatch.setattr(sweep.code, "fingerprint", lambda expression: "another")
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 30, signal.SIGTERM)
+        again = bench(*args)
+    assert re.search(r"resuming .* from step \d+, trained by other code .*: --fresh starts anew", again.output)
     again = bench(*args, "--fresh")
     assert again.exit_code == 0 and "resuming" not in again.output
     assert only(tmp_path / "runs").status == "ok"
+    assert "measured by other code" in bench(*args).output
+    monkeypatch.setattr(sweep.code, "fingerprint", lambda expression: own)
+    assert "kept" in (again := bench(*args).output) and "other code" not in again
 
 
 def test_a_second_interrupt_kills_the_cell_at_once(monkeypatch):
