@@ -300,9 +300,15 @@ def _drift(found: Sequence[Found], times: bool = True) -> list[str]:
     )
     tried = [each for item in found if item.record.tuned for each in item.record.tuned.tried]
     commits = sorted({c[:10] for made in (*(p.commits() for p in seen), *(t.commits for t in tried)) for c in made})
+    threads: dict[int, dict[str, None]] = {}  # number of them -> methods
+    for item in found:
+        if (p := item.record.provenance) and p.device == "cpu" and p.threads:
+            threads.setdefault(p.threads, {})[item.record.spec.method] = None
+    each = "; ".join(f"{number} in {', '.join(threads[number])}" for number in sorted(threads))
     states = [state for p in seen for state in (p.gpu_before, p.gpu_after) if state]
     slow = sorted({reason for state in states for reason in state.throttled})
     of_times = [
+        *([f"time measured with different numbers of threads: {each}"] if len(threads) > 1 else []),
         *([f"time measured on a busy machine: {', '.join(busy)}"] if busy else []),
         *([f"the GPU was slowed down while some rows were measured: {', '.join(slow)}"] if slow else []),
         *(["other processes were on the GPU of some rows"] if any(state.others for state in states) else []),

@@ -129,6 +129,11 @@ def parameters(row: str | None, backbone: str) -> float:
     return float(chosen.sort_values("table")["tp_m"].iloc[0]) if len(chosen) else float("nan")
 
 
+def has_backbone(name: str) -> bool:
+    """Whether any table has it."""
+    return short_backbone(name) in set(load()["backbone"])
+
+
 def source(row: Any, dataset: str) -> str:
     """Where a printed row comes from, in words; says so where `dataset`, the measured one, is another."""
     where = [row["source"], f"Table {row['table']}", row["dataset"], row["pretraining"] or "pre-training not stated"]

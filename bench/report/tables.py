@@ -40,6 +40,7 @@ MEMORY_PRINTED, TIME_PRINTED = "published memory (GB, as printed)", "published t
 BASELINE = "single_task_full"
 NO_BASELINE = "no single-task baseline"
 GIB = 2**30
+ENOUGH = 5  # samples for a 90th percentile: of fewer it is hardly another figure than the largest
 
 
 def headline(task: str) -> str:
@@ -387,18 +388,19 @@ def _work(records: Sequence[Record]) -> dict[str, float]:
 
 
 def _footprint(group: Group, records: Sequence[Record]) -> dict[str, float]:
-    """Peak memory in GiB and seconds a batch (median and 90th percentile, linear interpolation)."""
+    """Peak memory in GiB and seconds a batch: median, and 90th percentile (linear interpolation) of ENOUGH."""
     samples = pd.Series([s for record in records if record.time for s in record.time.samples], dtype=float)
     memory = [record.memory for record in records if record.memory]
 
     def peak(name: str) -> float:
         return pd.Series([getattr(m, name) for m in memory], dtype=float).max() / GIB
 
+    p90 = samples.quantile(0.9) if len(samples) >= ENOUGH else float("nan")
     if group.spec.device_kind == "cpu":
-        return {CPU_PROCESS: peak("process_peak"), CPU_MEDIAN: samples.median(), CPU_P90: samples.quantile(0.9)}
+        return {CPU_PROCESS: peak("process_peak"), CPU_MEDIAN: samples.median(), CPU_P90: p90}
     return {
         CUDA_ALLOCATED: peak("peak_allocated"), CUDA_RESERVED: peak("peak_reserved"),
-        CUDA_MEDIAN: samples.median(), CUDA_P90: samples.quantile(0.9),
+        CUDA_MEDIAN: samples.median(), CUDA_P90: p90,
     }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from bench import resources, tasks
 from bench.cli import app
 from bench.errors import BenchError
-from bench.record import Failure
+from bench.record import Failure, Time
 from bench.report import published, render, show, tables
 from bench.report.groups import collect
 from methods.registry import all_methods
@@ -563,6 +563,35 @@ def test_printed_delta_m_does_not_stand_under_another_reference(tmp_path):
     for table in (tables.accuracy_table(group, "mtlora"), tables.efficiency_table(group, "mtlora")):
         assert printed(table)["Delta-m (%)"].isna().all()
     assert "printed against the single-task baseline alone" in report(tmp_path, "mtlora")
+
+
+@pytest.mark.parametrize(("samples", "p90"), [(4, None), (5, 4.6)])
+def test_few_samples_have_no_percentile(tmp_path, samples, p90):
+    make(tmp_path, "ours", time=Time(device="cpu", warmup=1, samples=range(1, samples + 1), batch_size=8))
+    row = measured(tables.efficiency_table(only(tmp_path))).loc["Ours"]
+    assert row["CPU time, median (s/batch)"] == (samples + 1) / 2
+    assert row["CPU time, p90 (s/batch)"] == pytest.approx(p90 or float("nan"), nan_ok=True)
+
+
+def test_times_of_different_numbers_of_threads_are_marked(tmp_path):
+    for method, threads in (("ours", 1), ("mtlora", 2), ("lora", 1)):
+        path = make(tmp_path, method)
+        record = json.loads(path.read_text())
+        record["provenance"]["threads"] = threads
+        path.write_text(json.dumps(record))
+    mark = "time measured with different numbers of threads: 1 in lora, ours; 2 in mtlora"
+    assert mark in only(tmp_path).marks
+    make(tmp_path / "gpu", "ours", device="nvidia-h200")
+    assert not [mark for mark in only(tmp_path / "gpu").marks if "threads" in mark]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "carried"),
+    [("swin_tiny_patch4_window7_224.ms_in1k", False), ("vit_small_patch14_dinov2.lvd142m", True)],
+)
+def test_the_papers_protocol_on_a_backbone_that_they_have_not(tmp_path, backbone, carried):
+    make(tmp_path, "ours", backbone=backbone)
+    assert ("what the papers do on theirs is carried over to it" in " ".join(report(tmp_path).split())) == carried
 
 
 def test_the_busy_row_is_named(tmp_path):
