@@ -55,7 +55,7 @@ def run(
         str | None, typer.Option(help="A recipe's name or a path to a YAML file. (default: quick)")
     ] = None,
     suite: Annotated[
-        str | None, typer.Option(help="A named grid of cells; other options override its settings.")
+        str | None, typer.Option(help="A named grid of cells, or a YAML file of one; other options override it.")
     ] = None,
     image_size: Annotated[
         str | None, typer.Option(help="448, or HEIGHTxWIDTH. (default: the recipe's, else the card's)")

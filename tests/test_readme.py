@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import methods
+from bench import recipe as recipes
 from bench.data import card as cards
 from methods import registry
 from methods.backbones.load import WeightSource, load_backbone
@@ -68,6 +70,15 @@ def test_card_of_the_readme_loads(tmp_path):
     (tmp_path / "street.yaml").write_text(text.replace("    ", "", 1).replace("\n    ", "\n"), encoding="utf-8")
     card = cards.load(str(tmp_path / "street.yaml"))
     assert card.channels(tuple(card.tasks)) == {"semseg": 4, "depth": 1}
+
+
+def test_recipe_of_the_readme_loads(tmp_path):
+    (text,) = re.findall(r"    title: Half the epochs\n(?:    .*\n)+", README.read_text(encoding="utf-8"))
+    (tmp_path / "mine.yaml").write_text(re.sub(r"^    ", "", text, flags=re.MULTILINE), encoding="utf-8")
+    recipe = recipes.load(str(tmp_path / "mine.yaml"))
+    assert recipe.epochs == 40 and recipe.measure.steps == 20 and recipe.optimizer.backbone_factor == 0.02
+    (tune,) = re.findall(r"`tune: (\{.*\})`", README.read_text(encoding="utf-8"))
+    assert yaml.safe_load(tune) == recipes.load("nyud_extended").tune.model_dump(mode="json")
 
 
 def test_commands_of_the_readme_exist():
