@@ -37,14 +37,16 @@ def _dim(text: str) -> str:
 
 
 def _methods() -> typing.Iterator[tuple[str, ...]]:
-    from methods.registry import all_methods, all_prefixes
+    from methods.registry import all_methods, all_prefixes, broken
 
-    for method in all_methods().values():
+    for method in all_methods(whole=False).values():
         names = "\n= ".join((method.name, *method.aliases))
         yield names, f"{method.title} · {method.family}", _dim(method.citation), _options(method.options)
     for prefix in all_prefixes().values():
         title = f"{prefix.title} · single-task PEFT"
         yield f"{prefix.prefix}:NAME", title, _dim(prefix.citation), _options(prefix.options)
+    for problem in broken():
+        yield "", f"[red]{escape(problem)}[/red]"
 
 
 def _options(kind: type) -> str:

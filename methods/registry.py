@@ -148,33 +148,54 @@ def register_prefix(prefix: Prefix) -> Prefix:
     return prefix
 
 
+_BROKEN: dict[str, str] = {}  # files of this folder that cannot be imported: name -> what is wrong
+
+
+def broken() -> list[str]:
+    """A line for each file of this folder that cannot be imported, after importing each of them once.
+
+    Somebody may be writing it while cells of other methods run: it stops what asks for it, or for all, and nothing
+    else. Raises MethodError where a file takes the name of another's method.
+    """
+    for module in pkgutil.iter_modules(methods.__path__):
+        if module.ispkg or module.name in _BROKEN:
+            continue
+        before = dict(_METHODS), dict(_PREFIXES)
+        try:
+            importlib.import_module(f"methods.{module.name}")
+        except MethodError:
+            raise
+        except Exception as error:  # whatever a new file may do wrong
+            _BROKEN[module.name] = described(error)
+            for entered, kept in zip((_METHODS, _PREFIXES), before, strict=True):  # half of it does not count
+                entered.clear()
+                entered.update(kept)
+    return [f"methods/{name}.py cannot be imported: {why}" for name, why in sorted(_BROKEN.items())]
+
+
 def all_prefixes() -> dict[str, Prefix]:
-    all_methods()
+    broken()
     return dict(sorted(_PREFIXES.items()))
 
 
-def all_methods() -> dict[str, Method]:
-    """Every registered method by name, after importing each file of this folder once."""
-    for module in pkgutil.iter_modules(methods.__path__):
-        if not module.ispkg:
-            try:
-                importlib.import_module(f"methods.{module.name}")
-            except MethodError:
-                raise
-            except Exception as error:  # whatever a new file may do wrong
-                raise MethodError(f"methods/{module.name}.py cannot be imported: {described(error)}") from error
+def all_methods(whole: bool = True) -> dict[str, Method]:
+    """Every registered method by name. Raises MethodError for a file that cannot be imported, unless not `whole`."""
+    problems = broken()
+    if problems and whole:
+        raise MethodError("; ".join(problems))
     return dict(sorted(_METHODS.items()))
 
 
 def get(name: str) -> Method:
     """A method by name or alias. Raises MethodError with a near miss."""
-    known = all_methods()
+    known = all_methods(whole=False)
     prefix, colon, rest = name.partition(":")
     if colon and prefix in _PREFIXES:
         return _PREFIXES[prefix].make(rest)
     by_any_name = {alias: method for method in known.values() for alias in (method.name, *method.aliases)}
     if name not in by_any_name:
-        raise MethodError(f"unknown method {name!r}{near(name, by_any_name)}; `bench list methods` shows all")
+        unknown = f"unknown method {name!r}{near(name, by_any_name)}"
+        raise MethodError("; ".join([unknown, *(broken() or ["`bench list methods` shows all"])]))
     return by_any_name[name]
 
 
@@ -273,6 +294,8 @@ def _show(value: Any) -> str:
 
 def described(error: Exception) -> str:
     """Kind, first line and place of an exception, on one line."""
+    if isinstance(error, SyntaxError) and error.filename:  # no frame is in the file that could not be read
+        return f"{type(error).__name__}: {error.msg} ({Path(error.filename).name}, line {error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "methods" in Path(frame.filename).parts] or frames
     place = f" (methods/{Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""

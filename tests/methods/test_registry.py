@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import io
+import re
 import sys
 from dataclasses import dataclass
 
 import pytest
+from rich.console import Console
 
 import methods
+from bench import listing
 from methods import registry
 from methods.registry import Configured, Method, MethodError, NoOptions, all_methods, get, parse, register
 
@@ -21,6 +25,7 @@ def canonical(text):
 def clean_registry(monkeypatch):
     all_methods()  # what is imported only now would be forgotten with the copy
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry, "_BROKEN", {})
 
 
 @pytest.mark.parametrize(
@@ -187,14 +192,40 @@ def test_a_new_file_is_found_by_itself(clean_registry, monkeypatch, tmp_path):
         sys.modules.pop("methods.newcomer_method", None)
 
 
-def test_a_file_that_cannot_be_imported_is_named(tmp_path, monkeypatch):
-    (tmp_path / "spoilt_method.py").write_text("import torch\nfrom nowhere_at_all import nothing\n")
+SPOILT = {
+    "import torch\nfrom nowhere_at_all import nothing\n": "ModuleNotFoundError: No module named 'nowhere_at_all'",
+    "import torch\ndef build(:\n    pass\n": "SyntaxError: invalid syntax",
+    "from methods.registry import Method, register\n"
+    "register(Method('spoilt', 'Spoilt', 'single-task PEFT', '', build=print)).nothing\n": "AttributeError: .*nothing",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SPOILT)
+def test_a_file_that_cannot_be_imported_is_named_and_stops_nothing_else(clean_registry, tmp_path, monkeypatch, text):
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods" / "spoilt_method.py").write_text(text)
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path / "methods")])
+    said = rf"methods/spoilt_method.py cannot be imported: {SPOILT[text]}.* \((methods/)?spoilt_method.py, line 2\)"
+    for ask in (all_methods, lambda: parse("all"), lambda: get("spoilt"), lambda: get("spoilt")):
+        with pytest.raises(MethodError, match=said) as caught:
+            ask()
+        assert "\n" not in str(caught.value)
+    assert canonical("lora") == ["lora"] and get("peft:dora").name == "peft:dora"
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(listing.table("methods"))
+    assert re.search(said, shown.getvalue()) and "mtlora" in shown.getvalue()
+
+
+def test_a_file_that_takes_anothers_name_stops_all(clean_registry, tmp_path, monkeypatch):
+    """Which of the two is meant nobody could say."""
+    (tmp_path / "copied_method.py").write_text(
+        "from methods.registry import Method, register\n"
+        "register(Method('mtlora', 'Mine', 'single-task PEFT', '', build=print))\n"
+    )
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
-    with pytest.raises(
-        MethodError, match=r"methods/spoilt_method.py cannot be imported: ModuleNotFoundError"
-    ) as caught:
-        all_methods()
-    assert "\n" not in str(caught.value)
+    for _ in range(2):
+        with pytest.raises(MethodError, match="'mtlora' is already taken by MTLoRA"):
+            parse("lora")
 
 
 def test_a_fault_in_a_methods_code_names_method_backbone_and_line(tiny_swin):
