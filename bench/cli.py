@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -567,9 +566,3 @@ def _warn_random(console: Console) -> None:
         "[bold white on red] RANDOM BACKBONE WEIGHTS [/] accuracy from a random frozen backbone means little; "
         "parameters, memory and time still hold. Pretrained ones: --weights timm or --weights PATH"
     )
-
-
-def main() -> None:
-    # Asked to terminate, stop as after Ctrl-C: the cell that runs leaves its checkpoint and its record.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    app()

@@ -366,6 +366,20 @@ def test_a_refusal_in_a_real_process_has_no_traceback(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_interrupt_before_anything_has_begun_has_no_traceback():
+    code = (
+        "import signal, sys\n"
+        "from bench.__main__ import main\n"
+        "class Slow:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'typer': signal.raise_signal(signal.SIGTERM)\n"
+        "sys.meta_path.insert(0, Slow())\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=resources.ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 @pytest.mark.parametrize("args", [("--help",), ("run", "--help"), ("list", "suites"), ("list", "nonsense")])
 def test_torch_is_not_imported_for(args, tmp_path):
     done = process(*args, options=("-X", "importtime"), folder=tmp_path)

@@ -75,7 +75,7 @@ def test_the_command_is_declared_and_the_licence_is_there(wheel, members):
     (entry,) = (name for name in members if name.endswith("entry_points.txt"))
     assert any(".dist-info/" in name and name.endswith("LICENSE") for name in members)
     with zipfile.ZipFile(wheel) as archive:
-        assert "bench = bench.cli:main" in archive.read(entry).decode()
+        assert "bench = bench.__main__:main" in archive.read(entry).decode()
 
 
 @pytest.fixture(scope="module")
