@@ -7,8 +7,10 @@ import json
 import os
 import signal
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -79,9 +81,16 @@ def check_writable(out: Path) -> None:
         raise BenchError(f"cannot write to {out}: {error.strerror}; choose another folder with --out") from error
 
 
+class Elsewhere(Exception):
+    """Another sweep is at the cell, or at a trial that it needs."""
+
+
 def run_all(jobs: Sequence[Job], console: Console, retry: bool = False, fresh: bool = False) -> list[Record]:
-    """Run what is not done yet and return every cell's record. Raises KeyboardInterrupt after leaving a clean state."""
-    results: list[Record] = []
+    """Run what is not done yet and return every cell's record. Raises KeyboardInterrupt after leaving a clean state.
+
+    Sweeps of the same cells share them out: what another one is at comes last, and is waited for if need be.
+    """
+    results: dict[int, Record] = {}
     tried: dict[Path, Record] = {}  # trials of this sweep: the seeds of a cell share them
     columns = (
         SpinnerColumn(),
@@ -91,37 +100,66 @@ def run_all(jobs: Sequence[Job], console: Console, retry: bool = False, fresh: b
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
+    left = deque(enumerate(jobs))
+    turned_away = 0  # since the last cell that came to an end
     with Progress(*columns, console=console, transient=False) as progress:
         cells = progress.add_task("cells", total=len(jobs), note="")
-        for job in jobs:
-            label = f"{escape(job.spec.method)} · {job.spec.backbone.split('.')[0]} · seed {job.spec.seed}"
-            with only_here(job, label, console):
-                result = finished(job, retry, fresh)
-                verb = "kept" if result else "done"
-                if result is None and job.spec.recipe.tune and job.spec.steps != 0:
-                    found: list[Record] = []
-                    while (rate := next_rate(job.spec.recipe.tune, found)) is not None:
-                        of_rate = trial(job, rate)
-                        if of_rate.record_path not in tried:
-                            tried[of_rate.record_path] = _try(of_rate, label, progress, console, retry, fresh)
-                        found.append(tried[of_rate.record_path])
-                    job = job.model_copy(update={"tuned": choose(found)})
-                    if any(record.status == "interrupted" for record in found):  # by somebody else's signal
-                        result = blank_record(job)
-                        result.failure = Failure(kind="Interrupted", message=job.tuned.reason)
-                        if not (fresh and job.record_path.is_file()):  # nothing good is lost
-                            result.write(job.out)
-                if result is None:
-                    result = _run_shown(job, label, progress, console, fresh)
-            console.print(_summary(label, verb, result))
-            results.append(result)
+        while left:
+            index, job = left.popleft()
+            sweep = _Sweep(progress, console, retry, fresh, wait=turned_away >= len(left))
+            try:
+                results[index] = _run_cell(job, sweep, tried)
+            except Elsewhere:
+                left.append((index, job))
+                turned_away += 1
+                continue
+            turned_away = 0
             progress.advance(cells)
-    return results
+    return [results[index] for index in range(len(jobs))]
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """How a sweep shows and treats its cells; with `wait` it has nothing else to do than what another is at."""
+
+    progress: Progress
+    console: Console
+    retry: bool
+    fresh: bool
+    wait: bool
+
+
+def _run_cell(job: Job, sweep: _Sweep, tried: dict[Path, Record]) -> Record:
+    """A cell's record, after the trials that it needs; its line is printed. Raises Elsewhere."""
+    label = f"{escape(job.spec.method)} · {job.spec.backbone.split('.')[0]} · seed {job.spec.seed}"
+    with only_here(job, label, sweep):
+        result = finished(job, sweep.retry, sweep.fresh)
+        verb = "kept" if result else "done"
+        if result is None and job.spec.recipe.tune and job.spec.steps != 0:
+            found: list[Record] = []
+            while (rate := next_rate(job.spec.recipe.tune, found)) is not None:
+                of_rate = trial(job, rate)
+                if of_rate.record_path not in tried:
+                    tried[of_rate.record_path] = _try(of_rate, label, sweep)
+                found.append(tried[of_rate.record_path])
+            job = job.model_copy(update={"tuned": choose(found)})
+            if any(record.status == "interrupted" for record in found):  # by somebody else's signal
+                result = blank_record(job)
+                result.failure = Failure(kind="Interrupted", message=job.tuned.reason)
+                if not (sweep.fresh and job.record_path.is_file()):  # nothing good is lost
+                    result.write(job.out)
+        if result is None:
+            result = _run_shown(job, label, sweep)
+    sweep.console.print(_summary(label, verb, result))
+    return result
 
 
 @contextmanager
-def only_here(job: Job, label: str, console: Console) -> Iterator[None]:
-    """One sweep at a time: another that runs the same cell, or a trial that several seeds share, is waited for."""
+def only_here(job: Job, label: str, sweep: _Sweep) -> Iterator[None]:
+    """One sweep at a time: another that runs the same cell, or a trial that several seeds share, is waited for.
+
+    Raises Elsewhere where the sweep does not wait.
+    """
     path = job.record_path.with_suffix(".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -129,7 +167,10 @@ def only_here(job: Job, label: str, console: Console) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            console.print(f"waiting   {label}: another bench run is at it")
+            if not sweep.wait:
+                file.close()
+                raise Elsewhere from None
+            sweep.console.print(f"waiting   {label}: another bench run is at it")
             fcntl.flock(file, fcntl.LOCK_EX)
         if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
             break
@@ -141,14 +182,14 @@ def only_here(job: Job, label: str, console: Console) -> Iterator[None]:
         file.close()
 
 
-def _run_shown(job: Job, label: str, progress: Progress, console: Console, fresh: bool) -> Record:
-    if fresh:
+def _run_shown(job: Job, label: str, sweep: _Sweep) -> Record:
+    if sweep.fresh:
         forget_other_code(job)
     if job.checkpoint_path.is_file():
-        console.print(f"resuming  {label}{_whence(job)}")
-    line = progress.add_task(label, total=None, note="starting")
-    result = _run_one(job, progress, line)
-    progress.remove_task(line)
+        sweep.console.print(f"resuming  {label}{_whence(job)}")
+    line = sweep.progress.add_task(label, total=None, note="starting")
+    result = _run_one(job, sweep.progress, line)
+    sweep.progress.remove_task(line)
     return result
 
 
@@ -164,20 +205,20 @@ def _whence(job: Job) -> str:
     return told
 
 
-def _try(job: Job, label: str, progress: Progress, console: Console, retry: bool, fresh: bool) -> Record:
-    """A learning rate's trial, or its record from before."""
+def _try(job: Job, label: str, sweep: _Sweep) -> Record:
+    """A learning rate's trial, or its record from before. Raises Elsewhere."""
     label = f"{label.rpartition(' · ')[0]} · trial of lr {job.spec.recipe.optimizer.lr:g}"
-    with only_here(job, label, console):
-        found = finished(job, retry, fresh)
-        result = _run_shown(job, label, progress, console, fresh) if found is None else found
+    with only_here(job, label, sweep):
+        found = finished(job, sweep.retry, sweep.fresh)
+        result = _run_shown(job, label, sweep) if found is None else found
     verb = "kept" if found else "tried"
     if result.status != "ok":
         reason = f": {escape(result.failure.message)}" if result.failure else ""
-        console.print(f"[red]{result.status.replace('_', ' ')}[/red]  {label}{reason}")
+        sweep.console.print(f"[red]{result.status.replace('_', ' ')}[/red]  {label}{reason}")
     else:
         value = score(result)
         told = "no score" if value is None else f"score {value:.4f}"
-        console.print(f"{verb}  {label}: {told} on held-out training images")
+        sweep.console.print(f"{verb}  {label}: {told} on held-out training images")
     return result
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import multiprocessing.forkserver
 import os
 import re
 import signal
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +23,7 @@ from bench import record as records
 from bench.cli import app
 from bench.measure import code, provenance
 from bench.record import Failure
+from bench.tuning import trial
 
 STEPS = 60
 RECIPE = {
@@ -437,3 +440,84 @@ def test_a_cell_in_either_precision_of_a_cpu(precision, tmp_path):
     assert record.estimate.peak > record.estimate.weights > 0 and record.estimate.forward > 0
     assert set(record.time.phases) == {"forward", "loss", "backward", "optimizer"} and record.time.floor
     assert record.parameters.passes == 1
+
+
+@pytest.fixture
+def shared_out(tmp_path, monkeypatch):
+    """Jobs of three seeds, a hold on what another sweep would lock, and cells that fail at once, in the order in which
+    they were begun."""
+    begun, ends = [], {}
+
+    def jobs(**recipe):
+        path = tmp_path / "few.yaml"
+        path.write_text(yaml.safe_dump(RECIPE | recipe))
+        given = {"methods": "decoder_only", "backbone": LITE, "weights": "random", "image_size": "32", "seeds": "0,1,2"}
+        given |= {"tasks": "semseg,depth"}
+        return grid.jobs(None, given | {"recipe": str(path)}, None, "cpu", 0, tmp_path / "runs", print)
+
+    def hold(job):
+        path = job.record_path.with_suffix(".lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+        def release():
+            path.unlink()
+            file.close()
+
+        return release
+
+    def fail(job, progress, line):
+        begun.append((job.spec.seed, job.spec.trial is not None))
+        ends.get(job.spec.seed, lambda: None)()
+        record = run.blank_record(job)
+        record.status, record.failure = "failed", Failure(kind="Test", message="on purpose")
+        record.write(job.out)
+        return record
+
+    monkeypatch.setattr(sweep, "_run_one", fail)
+    shown = Console(file=io.StringIO(), width=200)
+    return SimpleNamespace(jobs=jobs, hold=hold, begun=begun, ends=ends, shown=shown)
+
+
+def test_what_another_sweep_is_at_comes_last(shared_out):
+    jobs = shared_out.jobs()
+    shared_out.ends[1] = shared_out.hold(jobs[0])  # let go when seed 1 has begun
+    results = sweep.run_all(jobs, shared_out.shown)
+    assert [seed for seed, _ in shared_out.begun] == [1, 2, 0]
+    assert [result.spec.seed for result in results] == [0, 1, 2]
+    assert "waiting" not in shared_out.shown.file.getvalue()
+
+
+def test_what_another_sweep_has_done_meanwhile_is_kept(shared_out):
+    jobs = shared_out.jobs()
+    release = shared_out.hold(jobs[0])
+
+    def elsewhere():
+        record = run.blank_record(jobs[0])
+        record.status, record.failure = "failed", Failure(kind="Test", message="elsewhere")
+        record.write(jobs[0].out)
+        release()
+
+    shared_out.ends[2] = elsewhere
+    results = sweep.run_all(jobs, shared_out.shown)
+    assert [seed for seed, _ in shared_out.begun] == [1, 2]
+    assert results[0].failure.message == "elsewhere" and "kept: failed" in shared_out.shown.file.getvalue()
+
+
+def test_where_all_that_is_left_is_elsewhere_it_waits(shared_out):
+    jobs = shared_out.jobs()[:2]
+    for job in jobs:
+        threading.Timer(0.5, shared_out.hold(job)).start()
+    results = sweep.run_all(jobs, shared_out.shown)
+    assert sorted(seed for seed, _ in shared_out.begun) == [0, 1] and len(results) == 2
+    assert shared_out.shown.file.getvalue().count("waiting") >= 1
+
+
+def test_a_cell_whose_trial_is_elsewhere_comes_last(shared_out):
+    tuned = {"optimizer": {"name": "adamw"}, "tune": {"rates": [1e-5, 1e-2]}}
+    first, other = shared_out.jobs(**tuned)[0], shared_out.jobs()[1]
+    shared_out.ends[1] = shared_out.hold(trial(first, 1e-2))
+    sweep.run_all([first, other], shared_out.shown)
+    # The trial that was free, the other cell, the trial that was not; a cell whose trials fail is run to say so.
+    assert shared_out.begun == [(0, True), (1, False), (0, True), (0, False)]
