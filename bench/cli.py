@@ -272,7 +272,7 @@ def audit(
 @one_line_errors
 def show(
     record: Annotated[str, typer.Argument(help="A record's path, or the first digits of its hash.")],
-    folder: Annotated[Path, typer.Option("--folder", help="Where to look for a hash.")] = Path("runs"),
+    folder: Annotated[Path, typer.Argument(help="Where to look for a hash.")] = Path("runs"),
 ) -> None:
     """One record in full."""
     from bench.report import show

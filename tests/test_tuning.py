@@ -185,7 +185,7 @@ def test_a_cell_trains_with_the_best_rate_and_says_so(tuned):
     for cell in cells:
         assert cell.tuned == choose(sorted(tried, key=lambda r: r.spec.recipe.optimizer.lr))
         assert cell.history[0]["lr"] == pytest.approx(best.spec.recipe.optimizer.lr, rel=0.05)  # cosine, a step in
-    shown = bench("show", cells[0].spec.hash + "-s0", "--folder", tuned["out"])
+    shown = bench("show", cells[0].spec.hash + "-s0", tuned["out"])
     assert "trained with" in shown.output and "trial of 1e-05" in shown.output
 
 
@@ -272,7 +272,7 @@ def test_no_rate_that_works_is_a_diverged_cell_with_its_cost(tmp_path):
     assert "not finite" in cell.failure.message and cell.time and cell.parameters and not cell.history
     shown = " ".join(bench("report", tmp_path / "runs").output.split())
     assert "1e+30: diverged; 1e+35: diverged" in shown
-    assert bench("show", cell.spec.hash, "--folder", tmp_path / "runs").exit_code == 0
+    assert bench("show", cell.spec.hash, tmp_path / "runs").exit_code == 0
 
 
 def test_a_killed_trial_fails_its_cell_until_it_is_tried_again(tmp_path):

@@ -46,7 +46,7 @@ def resolve(name: str, folder: Path) -> Path:
         raise BenchError(f"no such file: {name}; give a record's JSON file or the beginning of its hash")
     paths = [path for path in sorted(folder.rglob("*.json")) if name and path.stem.startswith(name)]
     if not paths:
-        where = "the report's CSV files list them, --folder names another folder"
+        where = "`bench run` and the report's CSV files name them; name another folder if it lies there"
         raise BenchError(f"no record whose hash begins with {name!r} in {folder}; {where}")
     if len(paths) > 1:
         several = ", ".join(str(path.relative_to(folder)) for path in paths[:5])
