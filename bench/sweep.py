@@ -218,7 +218,8 @@ def _try(job: Job, label: str, sweep: _Sweep) -> Record:
     else:
         value = score(result)
         told = "no score" if value is None else f"score {value:.4f}"
-        sweep.console.print(f"{verb}  {label}: {told} on held-out training images")
+        origin = _origin(result) if found else ""
+        sweep.console.print(f"{verb}  {label}: {told} on held-out training images{origin}")
     return result
 
 
@@ -296,6 +297,11 @@ def _show(event: dict, progress: Progress, line: TaskID) -> None:
         progress.update(line, **values)
 
 
+def _origin(kept: Record) -> str:
+    other = _other_code(kept)
+    return f", measured by {other}: --fresh runs it again" if other else ""
+
+
 def _summary(label: str, verb: str, result: Record) -> str:
     """A line of what a cell has come to, with the digits by which `bench show` finds its record."""
     name = f"[dim]{result.path(Path()).stem}[/dim]"
@@ -304,7 +310,6 @@ def _summary(label: str, verb: str, result: Record) -> str:
         again = " (--retry runs it again)" if verb == "kept" else ""
         reason = f": {escape(result.failure.message)}" if result.failure else ""
         return f"[red]{kept}{result.status.replace('_', ' ')}[/red]  {label}{reason}{again} {name}"
-    other = _other_code(result) if verb == "kept" else ""
-    origin = f", measured by {other}: --fresh runs it again" if other else ""
+    origin = _origin(result) if verb == "kept" else ""
     figures = f"{result.parameters.trainable / 1e6:.2f} M trainable, {result.time.median:.3f} s/batch"
     return f"[green]{verb}[/green]  {label}: {figures} on {result.time.device}{origin} {name}"

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from bench import record as records
-from bench import resources
+from bench import resources, sweep
 from bench.recipe import Recipe, Tuning
 from bench.record import Failure
 from bench.tasks import delta_m
@@ -313,6 +313,12 @@ def test_running_anew_loses_nothing_to_an_interrupted_trial(tmp_path):
         assert bench(*args, "--fresh").exit_code == 1
     _, (after,) = parts(tmp_path / "runs")
     assert after == before
+    next((tmp_path / "runs").rglob(f"{before.spec.hash}-s0.json")).unlink()
+    assert "kept" in (said := bench(*args).output) and "other code" not in said
+    next((tmp_path / "runs").rglob(f"{before.spec.hash}-s0.json")).unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep.code, "fingerprint", lambda expression: "another")
+        assert bench(*args).output.count("images, measured by other code") == 2
 
 
 def test_interrupted_trials_go_on(tmp_path, tuned):
