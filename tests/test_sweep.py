@@ -462,9 +462,12 @@ def shared_out(tmp_path, monkeypatch):
         fcntl.flock(file, fcntl.LOCK_EX)
 
         def release():
-            path.unlink()
+            path.unlink(missing_ok=True)
             file.close()
 
+        late = threading.Timer(20, release)  # a sweep that waits for what it need not fails, and does not hang
+        late.daemon = True
+        late.start()
         return release
 
     def fail(job, progress, line):
