@@ -444,14 +444,20 @@ def test_a_cell_in_either_precision_of_a_cpu(precision, tmp_path):
 
 @pytest.fixture
 def shared_out(tmp_path, monkeypatch):
-    """Jobs of three seeds, a hold on what another sweep would lock, and cells that fail at once, in the order in which
+    """Jobs of four seeds, a hold on what another sweep would lock, and cells that fail at once, in the order in which
     they were begun."""
     begun, ends = [], {}
 
     def jobs(**recipe):
         path = tmp_path / "few.yaml"
         path.write_text(yaml.safe_dump(RECIPE | recipe))
-        given = {"methods": "decoder_only", "backbone": LITE, "weights": "random", "image_size": "32", "seeds": "0,1,2"}
+        given = {
+            "methods": "decoder_only",
+            "backbone": LITE,
+            "weights": "random",
+            "image_size": "32",
+            "seeds": "0,1,2,3",
+        }
         given |= {"tasks": "semseg,depth"}
         return grid.jobs(None, given | {"recipe": str(path)}, None, "cpu", 0, tmp_path / "runs", print)
 
@@ -487,9 +493,16 @@ def test_what_another_sweep_is_at_comes_last(shared_out):
     jobs = shared_out.jobs()
     shared_out.ends[1] = shared_out.hold(jobs[0])  # let go when seed 1 has begun
     results = sweep.run_all(jobs, shared_out.shown)
-    assert [seed for seed, _ in shared_out.begun] == [1, 2, 0]
-    assert [result.spec.seed for result in results] == [0, 1, 2]
+    assert [seed for seed, _ in shared_out.begun] == [1, 2, 3, 0]
+    assert [result.spec.seed for result in results] == [0, 1, 2, 3]
     assert "waiting" not in shared_out.shown.file.getvalue()
+
+
+def test_nothing_is_waited_for_while_something_else_is_left(shared_out):
+    jobs = shared_out.jobs()
+    shared_out.ends[2], shared_out.ends[3] = shared_out.hold(jobs[0]), shared_out.hold(jobs[2])
+    sweep.run_all(jobs, shared_out.shown)
+    assert [seed for seed, _ in shared_out.begun] == [1, 3, 2, 0]
 
 
 def test_what_another_sweep_has_done_meanwhile_is_kept(shared_out):
@@ -504,7 +517,7 @@ def test_what_another_sweep_has_done_meanwhile_is_kept(shared_out):
 
     shared_out.ends[2] = elsewhere
     results = sweep.run_all(jobs, shared_out.shown)
-    assert [seed for seed, _ in shared_out.begun] == [1, 2]
+    assert [seed for seed, _ in shared_out.begun] == [1, 2, 3]
     assert results[0].failure.message == "elsewhere" and "kept: failed" in shared_out.shown.file.getvalue()
 
 
