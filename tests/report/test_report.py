@@ -573,16 +573,21 @@ def test_few_samples_have_no_percentile(tmp_path, samples, p90):
     assert row["CPU time, p90 (s/batch)"] == pytest.approx(p90 or float("nan"), nan_ok=True)
 
 
-def test_times_of_different_numbers_of_threads_are_marked(tmp_path):
-    for method, threads in (("ours", 1), ("mtlora", 2), ("lora", 1)):
-        path = make(tmp_path, method)
+@pytest.mark.parametrize(
+    ("device", "threads", "mark"),
+    [
+        ("cpu", (1, 2, 1), ["time measured with different numbers of threads: 1 in lora, ours; 2 in mtlora"]),
+        ("cpu", (2, 2, 2), []),
+        ("nvidia-h200", (1, 2, 1), []),
+    ],
+)
+def test_times_of_different_numbers_of_threads_are_marked(tmp_path, device, threads, mark):
+    for method, number in zip(("ours", "mtlora", "lora"), threads, strict=True):
+        path = make(tmp_path, method, device=device)
         record = json.loads(path.read_text())
-        record["provenance"]["threads"] = threads
+        record["provenance"]["threads"] = number
         path.write_text(json.dumps(record))
-    mark = "time measured with different numbers of threads: 1 in lora, ours; 2 in mtlora"
-    assert mark in only(tmp_path).marks
-    make(tmp_path / "gpu", "ours", device="nvidia-h200")
-    assert not [mark for mark in only(tmp_path / "gpu").marks if "threads" in mark]
+    assert [mark for mark in only(tmp_path).marks if "threads" in mark] == mark
 
 
 @pytest.mark.parametrize(
