@@ -304,7 +304,7 @@ def _origin(kept: Record) -> str:
 
 def _summary(label: str, verb: str, result: Record) -> str:
     """A line of what a cell has come to, with the digits by which `bench show` finds its record."""
-    name = f"[dim]{result.path(Path()).stem}[/dim]"
+    name = f"[dim]({result.path(Path()).stem})[/dim]"
     if result.status != "ok":
         kept = "kept: " if verb == "kept" else ""
         again = " (--retry runs it again)" if verb == "kept" else ""
