@@ -11,7 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch.nn.functional as F
+from torch import Tensor, nn
+
 from methods.backbones.base import Backbone
+from methods.backbones.timm_import import timm
 from methods.layers.encoders import Sharing, selected_encoder, with_decoder
 from methods.model import MultiTaskModel, Setting
 from methods.registry import Method, register
@@ -22,8 +26,35 @@ class Options:
     sharing: Sharing = "per_task"
 
 
+ON_TOKENS, ON_MAPS = (nn.LayerNorm, timm.layers.LayerNorm), timm.layers.LayerNorm2d
+
+
+class LayerNorm(nn.Module):
+    """The same function with the bias added apart. On CUDA torch's own backward (seen in 2.11) stops with an empty
+    gradient of the bias where the weight wants none and there are more than 65,536 tokens in the batch."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.weight, self.bias = norm.weight, norm.bias
+        self.shape, self.eps, self.on_maps = norm.normalized_shape, norm.eps, isinstance(norm, ON_MAPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C), or maps (B, C, H, W)."""
+        x = x.permute(0, 2, 3, 1) if self.on_maps else x
+        x = F.layer_norm(x, self.shape, self.weight, None, self.eps) + self.bias
+        return x.permute(0, 3, 1, 2) if self.on_maps else x
+
+
+def separate_biases(backbone: Backbone) -> None:
+    """Of every LayerNorm, in place; parameters keep their names."""
+    for parent in list(backbone.modules()):
+        for name, norm in parent.named_children():
+            if type(norm) in (*ON_TOKENS, ON_MAPS) and norm.bias is not None:
+                setattr(parent, name, LayerNorm(norm))
+
+
 def build(backbone: Backbone, tasks: Mapping[str, int], options: Options, setting: Setting) -> MultiTaskModel:
-    encoder = selected_encoder(backbone, tasks, options.sharing, lambda name: "bias" in name)
+    encoder = selected_encoder(backbone, tasks, options.sharing, lambda name: "bias" in name, separate_biases)
     return with_decoder(encoder, backbone, tasks, setting, independent=options.sharing == "per_task")
 
 

@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from methods import bitfit
 from methods.backbones.load import WeightSource, full_name, load_backbone
+from methods.backbones.timm_import import timm
+from methods.model import Setting
+from methods.registry import MethodError, all_methods, parse
 from methods.vpt import prompted_block
 
 
@@ -268,3 +272,41 @@ def test_prompts_on_a_plain_vit(build):
         last = backbone.model.norm(torch.cat([sequence[:, :1], sequence[:, 5:]], 1))[:, 1:]
         expected = last.transpose(1, 2).unflatten(2, backbone.grid)
         torch.testing.assert_close(encoder(image).task[task][3], expected, rtol=1e-4, atol=1e-4)
+
+
+# BitFit
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, timm.layers.LayerNorm, timm.layers.LayerNorm2d])
+def test_a_bias_added_apart_changes_nothing(kind):
+    norm = randomise(kind(6)).double()
+    norm.weight.requires_grad_(False)
+    parent = nn.ModuleDict({"norm": copy.deepcopy(norm)})
+    bitfit.separate_biases(parent)
+    assert type(parent["norm"]) is bitfit.LayerNorm
+    assert {name: p.requires_grad for name, p in parent.named_parameters()} == {"norm.weight": False, "norm.bias": True}
+    generator = torch.Generator().manual_seed(0)
+    x, over = torch.randn(2, 2, 6, 4, 6, generator=generator, dtype=torch.float64)
+    ours, theirs = (x.clone().requires_grad_() for _ in range(2))
+    out, expected = parent["norm"](ours), norm(theirs)
+    torch.testing.assert_close(out, expected)
+    for each in (out, expected):
+        (each * over).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    torch.testing.assert_close(parent["norm"].bias.grad, norm.bias.grad)
+
+
+@pytest.mark.parametrize("expression", [*all_methods(), "bitfit[sharing=shared]"])
+@pytest.mark.parametrize("name", ["swin", "vit", "convnext"])
+def test_no_layer_norm_wants_a_gradient_of_its_bias_alone(tasks, expression, name):
+    """torch 2.11 fails there on CUDA, with many tokens."""
+    kinds = {"swin": "swin_tiny_patch4_window7_224", "vit": "vit_tiny_patch16_224", "convnext": "convnext_atto"}
+    (configured,) = parse(expression)
+    with torch.device("meta"):
+        backbone = load_backbone(kinds[name], (64, 64), WeightSource("random"))
+        try:
+            model = configured.build(backbone, tasks, Setting("equal"))
+        except MethodError:
+            pytest.skip("not on this backbone")
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm) and module.weight is not None]
+    assert not [norm for norm in norms if norm.bias.requires_grad and not norm.weight.requires_grad]
