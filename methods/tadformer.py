@@ -23,8 +23,8 @@ no layer scale, as it joins no residual, prompts go from group to group as they 
 Count       dynamic Swin-T 7,379,262, B 15,812,796, static S 11,717,454: exact.
 
 Made cheaper than released, the same function: torch's fused attention for all tokens, the prompts' raw logits apart and
-in a stage's last block alone; a filter is nine shifted products instead of a convolution in as many groups as samples
-times channels.
+in a stage's last block alone; on a CPU a filter is nine shifted products instead of a convolution in as many groups as
+samples times channels.
 """
 
 from __future__ import annotations

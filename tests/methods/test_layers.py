@@ -9,7 +9,13 @@ from torch import nn
 
 from methods.layers.cpab import transform
 from methods.layers.encoders import structural_copy, train_selected
-from methods.layers.low_rank_filter import DynamicFilter, StaticFilter, depthwise
+from methods.layers.low_rank_filter import (
+    DynamicFilter,
+    StaticFilter,
+    depthwise,
+    grouped_convolution,
+    shifted_products,
+)
 from methods.layers.phm import PHMLinear, kronecker_sum
 
 
@@ -121,9 +127,16 @@ def unfolded(x, kernels):
     return (patches * kernels.unsqueeze(-1)).sum(2).view(n, r, h, w).permute(0, 2, 3, 1)
 
 
-def test_depthwise_against_unfold():
-    x, kernels = torch.randn(3, 5, 7, 4), torch.randn(3, 4, 9)
-    torch.testing.assert_close(depthwise(x, kernels), unfolded(x, kernels))
+@pytest.mark.parametrize("form", [depthwise, grouped_convolution, shifted_products])
+@pytest.mark.parametrize(("samples", "kernels"), [(3, 3), (3, 1), (1, 1)])
+def test_depthwise_against_unfold(form, samples, kernels):
+    x = torch.randn(samples, 5, 7, 4, dtype=torch.float64, requires_grad=True)
+    kernels = torch.randn(kernels, 4, 9, dtype=torch.float64, requires_grad=True)
+    over = torch.randn(samples, 5, 7, 4, dtype=torch.float64)
+    outputs = form(x, kernels), unfolded(x, kernels)
+    torch.testing.assert_close(*outputs)
+    ours, theirs = (torch.autograd.grad((out * over).sum(), (x, kernels)) for out in outputs)
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_static_filter_against_a_grouped_convolution():
