@@ -23,7 +23,8 @@ F_pre^i projected onto d dimensions, and as F_pre^i itself with r=1.
 
 Linear maps and the mixing commute with bilinear upsampling, so eq. 9-11 run at each stage's own resolution; the
 queries of T2G are the same for all tasks and worked out once; sampled features are not kept but sampled again in
-backward. All exact, and held to the plain equations by the tests; `form=plain` runs none of them. MoTE's routing sits
+backward; the routers of a stage read the features once, and their second layers, which commute with pooling, run after
+it. All exact, and held to the plain equations by the tests; `form=plain` runs none of them. MoTE's routing sits
 in the decoder between neck and fuse and is counted as adaptation; under `equal` the common decoder's necks, fuse and
 head take the places of W_t^i, W_t and the paper's head.
 
@@ -202,17 +203,33 @@ class Router(nn.Module):
         self.score = nn.Sequential(_linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, tasks))
         self.noise = nn.Sequential(_linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, tasks))
 
-    def forward(self, general: Tensor) -> Tensor:
-        """general (B, H, W, C) -> gates (B, K) that sum to one."""
+    def forward(self, general: Tensor, noise: Tensor | None) -> Tensor:
+        """general (B, H, W, C), normal noise (B, K) in training alone -> gates (B, K) that sum to one."""
         scores = self.score(general).mean((1, 2))
-        if self.training:
+        if noise is not None:
             spread = F.softplus(self.noise(general).mean((1, 2)))
-            scores = scores + torch.randn_like(scores) * spread
+            scores = scores + noise.to(spread.dtype) * spread
         return scores.softmax(-1)
 
 
+def route(routers: Sequence[Router], general: Tensor, noise: Tensor | None) -> Tensor:
+    """The gates of all routers at once, (B, K, K); general (B, H, W, C), noise (K, B, K).
+
+    One linear map for all first layers, so that the features are read once; the second ones after pooling.
+    """
+    mlps = [mlp for router in routers for mlp in ((router.score,) if noise is None else (router.score, router.noise))]
+    first = (torch.cat([getattr(mlp[0], name) for mlp in mlps]) for name in ("weight", "bias"))
+    second, bias = (torch.stack([getattr(mlp[2], name) for mlp in mlps]) for name in ("weight", "bias"))
+    hidden = F.relu(F.linear(general, *first)).mean((1, 2)).unflatten(-1, (len(mlps), -1))
+    scores = torch.baddbmm(bias.unsqueeze(1), hidden.transpose(0, 1), second.mT)
+    if noise is not None:
+        scores, spread = scores[0::2], F.softplus(scores[1::2])
+        scores = scores + noise.to(spread.dtype) * spread
+    return scores.softmax(-1).transpose(0, 1)
+
+
 class MoTE(nn.Module):
-    """Cross-task mixing of every stage's maps (eq. 10-11). `plain`: by blends of all experts."""
+    """Cross-task mixing of every stage's maps (eq. 10-11). `plain`: router by router, and by blends of all experts."""
 
     plain = False
 
@@ -223,24 +240,33 @@ class MoTE(nn.Module):
 
     def gates(self, general: Sequence[Tensor]) -> list[Tensor]:
         """A stage: (B, K, K) with [b, t, q] the weight that task t gives task q's expert."""
-        return [
-            torch.stack([router(x.permute(0, 2, 3, 1)) for router in routers.values()], 1)
-            for x, routers in zip(general, self.routers, strict=True)
-        ]
+        found = []
+        for x, routers in zip(general, self.routers, strict=True):
+            x, tasks = x.permute(0, 2, 3, 1), len(routers)
+            noise = torch.randn(tasks, len(x), tasks, device=x.device) if self.training else None
+            if self.plain:
+                of_task = noise if self.training else [None] * tasks
+                each = [router(x, n) for router, n in zip(routers.values(), of_task, strict=True)]
+                found.append(torch.stack(each, 1))
+            else:
+                found.append(route(list(routers.values()), x, noise))
+        return found
 
     def forward(self, maps: Maps, general: Sequence[Tensor]) -> Maps:
         """R_t = A'_t + sum_q (gamma_t g_t(q)) A'_q: no stack of experts and no blend is kept for backward."""
         mixed: Maps = {task: [] for task in maps}
         for stage, (gates, gamma) in enumerate(zip(self.gates(general), self.gamma, strict=True)):
-            for t, task in enumerate(maps):
-                out = maps[task][stage]
-                if self.plain:
-                    blend = sum(gates[:, t, q].view(-1, 1, 1, 1) * maps[e][stage] for q, e in enumerate(maps))
-                    mixed[task].append(out + gamma[task] * blend)
-                    continue
-                for q, expert in enumerate(maps):
-                    share = gates[:, t, q].view(-1, 1, 1, 1) * gamma[task]
-                    out = torch.addcmul(out, share.to(out.dtype), maps[expert][stage])
+            experts = {task: maps[task][stage] for task in maps}
+            if self.plain:
+                for t, (task, own) in enumerate(experts.items()):
+                    blend = sum(gates[:, t, q].view(-1, 1, 1, 1) * x for q, x in enumerate(experts.values()))
+                    mixed[task].append(own + gamma[task] * blend)
+                continue
+            scale = torch.stack([gamma[task] for task in maps]).unsqueeze(1)
+            shares = gates[..., None, None, None] * scale[:, :, None, None]  # (B, K, K, 1, 1, C)
+            for (task, out), row in zip(experts.items(), shares.unbind(1), strict=True):
+                for share, expert in zip(row.unbind(1), experts.values(), strict=True):
+                    out = torch.addcmul(out, share.to(out.dtype), expert)
                 mixed[task].append(out)
         return mixed
 

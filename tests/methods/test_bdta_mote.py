@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from methods.backbones.base import Pyramid
-from methods.bdta_mote import BDTA, MoTE, Options, Router
+from methods.bdta_mote import BDTA, MoTE, Options
 from methods.layers.deformable_attention import ConvFFN, DeformableAttention
 
 
@@ -273,9 +273,11 @@ def test_mixing_by_its_equation():
                 torch.testing.assert_close(mixed[task][i][b], expected)
 
 
-def test_gates_in_evaluation_are_the_softmax_of_pooled_scores():
+@pytest.mark.parametrize("plain", [False, True])
+def test_gates_in_evaluation_are_the_softmax_of_pooled_scores(plain):
     torch.manual_seed(0)
     mote = randomise(MoTE((8, 16), (4, 4), ("semseg", "depth", "edge"))).eval()
+    mote.plain = plain
     general = [torch.randn(2, 8, 5, 3), torch.randn(2, 16, 3, 2)]
     first, second = mote.gates(general), mote.gates(general)
     for i, x in enumerate(general):
@@ -289,19 +291,25 @@ def test_gates_in_evaluation_are_the_softmax_of_pooled_scores():
                 torch.testing.assert_close(first[i][b, t], scores.exp() / scores.exp().sum())
 
 
-def test_noise_in_training_alone():
+@pytest.mark.parametrize("plain", [False, True])
+def test_noise_in_training_alone(plain):
     torch.manual_seed(0)
-    router = randomise(Router(16, 3), 1.0)
-    x = torch.randn(2, 4, 4, 16)
-    first, second = router(x), router(x)
+    names = ("semseg", "depth", "edge")
+    mote = randomise(MoTE((16,), (4,), names), 1.0)
+    mote.plain = plain
+    general = [torch.randn(2, 16, 4, 4)]
+    (first,), (second,) = mote.gates(general), mote.gates(general)
     assert not torch.equal(first, second)
-    torch.testing.assert_close(first.sum(-1), torch.ones(2))
+    torch.testing.assert_close(first.sum(-1), torch.ones(2, 3))
     torch.manual_seed(1)
-    noisy = router(x)
+    (noisy,) = mote.gates(general)
     torch.manual_seed(1)
-    spread = (1 + router.noise(x).mean((1, 2)).exp()).log()
-    scores = router.score(x).mean((1, 2)) + torch.randn(2, 3) * spread
-    torch.testing.assert_close(noisy, scores.softmax(-1))
+    noise = torch.randn(3, 2, 3)
+    x = general[0].permute(0, 2, 3, 1)
+    for t, router in enumerate(mote.routers[0].values()):
+        spread = (1 + router.noise(x).mean((1, 2)).exp()).log()
+        scores = router.score(x).mean((1, 2)) + noise[t] * spread
+        torch.testing.assert_close(noisy[:, t], scores.softmax(-1))
 
 
 def test_without_routing_there_is_no_mixer(build):
