@@ -23,10 +23,10 @@ F_pre^i projected onto d dimensions, and as F_pre^i itself with r=1.
 
 Linear maps and the mixing commute with bilinear upsampling, so eq. 9-11 run at each stage's own resolution; the
 queries of T2G are the same for all tasks and worked out once; sampled features are not kept but sampled again in
-backward; the routers of a stage read the features once, and their second layers, which commute with pooling, run after
-it. All exact, and held to the plain equations by the tests; `form=plain` runs none of them. MoTE's routing sits
-in the decoder between neck and fuse and is counted as adaptation; under `equal` the common decoder's necks, fuse and
-head take the places of W_t^i, W_t and the paper's head.
+backward; the adapters of all tasks are batched products; the routers of a stage read the features once, and their
+second layers, which commute with pooling, run after it. All exact, and held to the plain equations by the tests;
+`form=plain` runs none of them. MoTE's routing sits in the decoder between neck and fuse and is counted as adaptation;
+under `equal` the common decoder's necks, fuse and head take the places of W_t^i, W_t and the paper's head.
 
 On a backbone without a patch-merging layer the task maps go through 2x2 average pooling and a trained 1x1 projection.
 """
@@ -35,11 +35,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from methods.backbones.base import Backbone
 from methods.decoder import DECODERS, Decoder, LinearFuse, Maps
@@ -79,11 +80,26 @@ class Adapter(nn.Module):
         return self.up(F.gelu(self.down(x))) + x
 
 
+def adapt(adapters: Sequence[Adapter], x: Tensor) -> Tensor:
+    """x (1 or K, B, H, W, d) through K adapters, in batched products -> (K, B, H, W, d)."""
+
+    def linears(name: str, tokens: Tensor) -> Tensor:
+        each = [getattr(adapter, name) for adapter in adapters]
+        weight, bias = (torch.stack([getattr(linear, part) for linear in each]) for part in ("weight", "bias"))
+        return torch.baddbmm(bias.unsqueeze(1), tokens, weight.mT)
+
+    tokens = x.flatten(1, -2).expand(len(adapters), -1, -1)
+    return (linears("up", F.gelu(linears("down", tokens))) + tokens).unflatten(1, x.shape[1:-1])
+
+
 class Injection(nn.Module):
     """Per-task adapters on the source, then deformable cross-attention and a feed-forward network.
 
-    G2T (eq. 4-5): query = task features, source = general features. T2G (eq. 6-7): the other way round.
+    G2T (eq. 4-5): query = task features, source = general features. T2G (eq. 6-7): the other way round. `plain`: one
+    adapter after the other.
     """
+
+    plain = False
 
     def __init__(self, dim: int, tasks: Sequence[str]) -> None:
         super().__init__()
@@ -102,9 +118,12 @@ class Injection(nn.Module):
 
     def forward(self, query: Tensor, source: Tensor) -> Tensor:
         """query, source (1 or K, B, H, W, d) -> (K, B, H, W, d); a leading 1 stands for all tasks alike."""
-        tasks = len(self.adapters)
-        source = source.expand(tasks, *source.shape[1:])
-        source = torch.stack([adapter(x) for adapter, x in zip(self.adapters.values(), source, strict=True)])
+        adapters = list(self.adapters.values())
+        if self.plain:
+            source = source.expand(len(adapters), *source.shape[1:])
+            source = torch.stack([adapter(x) for adapter, x in zip(adapters, source, strict=True)])
+        else:
+            source = adapt(adapters, source)
         attended = self.attention(self.norm_query(query).flatten(0, 1), self.norm_source(source).flatten(0, 1))
         x = query + attended.reshape(source.shape)
         return x + self.ffn(self.norm_ffn(x).flatten(0, 1)).reshape(x.shape)
@@ -262,13 +281,40 @@ class MoTE(nn.Module):
                     blend = sum(gates[:, t, q].view(-1, 1, 1, 1) * x for q, x in enumerate(experts.values()))
                     mixed[task].append(own + gamma[task] * blend)
                 continue
-            scale = torch.stack([gamma[task] for task in maps]).unsqueeze(1)
-            shares = gates[..., None, None, None] * scale[:, :, None, None]  # (B, K, K, 1, 1, C)
-            for (task, out), row in zip(experts.items(), shares.unbind(1), strict=True):
-                for share, expert in zip(row.unbind(1), experts.values(), strict=True):
-                    out = torch.addcmul(out, share.to(out.dtype), expert)
+            scale = torch.stack([gamma[task] for task in maps])
+            shares = gates.unsqueeze(-1) * scale.unsqueeze(1)
+            for task, out in zip(maps, mix(shares, list(experts.values())), strict=True):
                 mixed[task].append(out)
         return mixed
+
+
+def mix(shares: Tensor, experts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """x_t + sum_q s_tq x_q for all t; shares (B, K, K, C), K experts (B, H, W, C)."""
+    return _Mix.apply(shares[..., None, None, :].to(experts[0].dtype), *experts)
+
+
+class _Mix(torch.autograd.Function):
+    """Of torch's own operators, addcmul's backward would write every expert once more for each task."""
+
+    @staticmethod
+    def forward(ctx: Any, shares: Tensor, *experts: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(shares, *experts)
+        return tuple(_add(x, row.unbind(1), experts) for x, row in zip(experts, shares.unbind(1), strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        shares, *experts = ctx.saved_tensors
+        rows = [torch.stack([(g * x).sum((1, 2), keepdim=True) for x in experts], 1) for g in grads]
+        of_experts = (_add(g, column.unbind(1), grads) for g, column in zip(grads, shares.unbind(2), strict=True))
+        return torch.stack(rows, 1), *of_experts
+
+
+def _add(x: Tensor, shares: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """x + sum_q s_q y_q."""
+    for index, (share, other) in enumerate(zip(shares, others, strict=True)):
+        x = x.addcmul_(share, other) if index else torch.addcmul(x, share, other)
+    return x
 
 
 class Head(nn.Module):
