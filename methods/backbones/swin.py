@@ -24,12 +24,17 @@ from methods.backbones.timm_import import timm
 _WINDOWS = timm.models.swin_transformer
 
 
+def pad(x: Tensor, amounts: tuple[int, ...]) -> Tensor:
+    """torch's, which copies where there is nothing to pad."""
+    return F.pad(x, amounts) if any(amounts) else x
+
+
 def into_windows(block: nn.Module, x: Tensor) -> Tensor:
     """(B, H, W, C) -> (B * windows, N, C): cyclic shift, zero padding to whole windows, partition."""
     if any(block.shift_size):
         x = torch.roll(x, shifts=(-block.shift_size[0], -block.shift_size[1]), dims=(1, 2))
     (window_h, window_w), (_, height, width, channels) = block.window_size, x.shape
-    x = F.pad(x, (0, 0, 0, -width % window_w, 0, -height % window_h))
+    x = pad(x, (0, 0, 0, -width % window_w, 0, -height % window_h))
     return _WINDOWS.window_partition(x, block.window_size).view(-1, block.window_area, channels)
 
 
@@ -54,7 +59,7 @@ def attend(block: nn.Module, qkv: Tensor, prompts: int = 0) -> Tensor:
     attention = block.attn
     batch, tokens, _ = qkv.shape
     query, key, value = split_heads(block, qkv)
-    bias = F.pad(attention._get_rel_pos_bias(), (prompts, 0, prompts, 0))  # (1, heads, N, N)
+    bias = pad(attention._get_rel_pos_bias(), (prompts, 0, prompts, 0))  # (1, heads, N, N)
     if bias.requires_grad and not qkv.requires_grad:
         # CUDA's fused attention prepares a backward where a query, key or value wants gradients, not where a bias does.
         query = _WantsGradient.apply(query, bias)
@@ -64,7 +69,7 @@ def attend(block: nn.Module, qkv: Tensor, prompts: int = 0) -> Tensor:
     # Windows of one image differ in their mask, images of a batch do not: with (windows, heads) as one axis the
     # mask broadcasts over the batch instead of being repeated for every image.
     windows, heads = block.attn_mask.shape[0], attention.num_heads
-    mask = bias + F.pad(block.attn_mask, (prompts, 0, prompts, 0)).unsqueeze(1)
+    mask = bias + pad(block.attn_mask, (prompts, 0, prompts, 0)).unsqueeze(1)
     mask = mask.reshape(1, windows * heads, tokens, tokens).to(query.dtype)
     folded = (part.reshape(batch // windows, windows * heads, tokens, -1) for part in (query, key, value))
     out = F.scaled_dot_product_attention(*folded, attn_mask=mask)
@@ -88,9 +93,14 @@ def out_of_windows(block: nn.Module, windows: Tensor, size: tuple[int, int]) -> 
 
 def neighbours(merging: nn.Module, x: Tensor) -> Tensor:
     """Patch merging up to its linear: (B, H, W, C) -> (B, H/2, W/2, 4C), normed; odd sides are padded."""
-    x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+    x = pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
     x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, H/2, 2, W/2, 2, C)
     return merging.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3))
+
+
+def merge(merging: nn.Module, x: Tensor) -> Tensor:
+    """Patch merging, (B, H, W, C) -> (B, H/2, W/2, 2C); nothing where a stage begins without."""
+    return x if isinstance(merging, nn.Identity) else merging.reduction(neighbours(merging, x))
 
 
 class SwinBackbone(OpenTransformer):
@@ -132,7 +142,7 @@ class SwinBackbone(OpenTransformer):
 
     def enter(self, stage: int, x: Tensor) -> Tensor:
         """Patch merging, (B, H, W, C) -> (B, H/2, W/2, 2C)."""
-        return self.layers[stage].downsample(x)
+        return merge(self.layers[stage].downsample, x)
 
     def attention(self, block: nn.Module, x: Tensor, change: Change | None = None) -> Tensor:
         windows = attend(block, block.attn.qkv(self.into_attention(block, x)))
@@ -165,4 +175,4 @@ class SwinBackbone(OpenTransformer):
         if stage == 0:
             return None
         merging = self.layers[stage].downsample
-        return lambda maps: merging(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return lambda maps: merge(merging, maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
