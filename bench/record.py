@@ -129,7 +129,8 @@ class Time(Part):
 
     `phases` are the parts of the samples: forward, loss (upsampling, losses and their backward to the logits),
     backward, optimizer (clipping and step). `floor`: the forward of the frozen backbone alone, without gradients, in
-    the same process; what no method with that backbone can be faster than.
+    the same process; what no method with that backbone can be faster than. `queued`: what the GPU still had to do when
+    the host had given it the last step; next to nothing where the GPU is the one that waits.
     """
 
     device: Literal["cpu", "cuda"]
@@ -139,6 +140,12 @@ class Time(Part):
     phases: dict[str, list[float]] = {}
     floor: list[float] = []
     matmul_rate: float | None = None  # operations a second of a large matrix product, in the same process and precision
+    queued: float | None = None  # CUDA, without a loss scale
+
+    @property
+    def host_bound(self) -> bool:
+        """Whether the samples are the host's time rather than the GPU's: less than a twentieth of a step was queued."""
+        return self.queued is not None and self.queued < self.median / 20
 
     @property
     def median(self) -> float:

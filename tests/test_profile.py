@@ -24,7 +24,7 @@ CHANNELS = {name: task.channels or 5 for name, task in TASKS.items()}
 class Recorder:
     """Stands in for a Trainer: notes the steps; step s takes s + 1 seconds of `clock`."""
 
-    accelerator = SimpleNamespace(device=CPU)
+    accelerator = SimpleNamespace(device=CPU, scaler=None)
     clock = 0.0
 
     def __init__(self):
@@ -48,13 +48,37 @@ def test_every_step_after_the_warm_up_is_a_sample(warmup, steps):
     assert reports == [(done, warmup + steps) for done in range(1, warmup + steps + 1)]
 
 
-def test_the_gpu_is_looked_at_after_the_last_step_was_queued_and_before_it_is_waited_for(monkeypatch):
+def test_the_gpu_is_looked_at_after_a_last_step_was_queued_and_before_it_is_waited_for(monkeypatch):
     trainer, order = Recorder(), []
-    monkeypatch.setattr(profile, "CPU_CLOCK", replace(profile.CPU_CLOCK, wait=lambda: order.append("wait")))
+    clock = replace(profile.CPU_CLOCK, device="cuda", wait=lambda: order.append("wait"))
+    monkeypatch.setattr(profile, "CPU_CLOCK", clock)
     batch = {"image": torch.zeros(1, 3, 4, 4)}
     look = lambda: order.append(len(trainer.steps))  # noqa: E731
-    profile.measure(trainer, batch, Measure(warmup=1, steps=2), lambda *report: None, look)
-    assert order == [3, "wait"]
+    _, timing = profile.measure(trainer, batch, Measure(warmup=1, steps=2), lambda *report: None, look)
+    assert order == ["wait", 4, "wait"] and len(timing.samples) == 2
+
+
+@pytest.mark.parametrize(("left", "host_bound"), [(0.2, True), (0.3, False)])
+def test_who_waits_is_told_by_what_is_queued_after_the_last_step(monkeypatch, left, host_bound):
+    """Steps of 2, 3, 4, 5 and 6 seconds and then the queue: a twentieth of the median is 0.2."""
+    trainer = Recorder()
+
+    def wait():
+        trainer.clock += left - 1e-9
+
+    monkeypatch.setattr(profile.time, "perf_counter", lambda: trainer.clock)
+    monkeypatch.setattr(profile, "CPU_CLOCK", replace(profile.CPU_CLOCK, device="cuda", wait=wait))
+    batch = {"image": torch.zeros(1, 3, 4, 4)}
+    _, timing = profile.measure(trainer, batch, Measure(warmup=1, steps=5), lambda *report: None)
+    assert timing.queued == pytest.approx(left) and timing.host_bound == host_bound
+    trainer.accelerator = SimpleNamespace(device=CPU, scaler=object())
+    _, timing = profile.measure(trainer, batch, Measure(warmup=1, steps=5), lambda *report: None)
+    assert timing.queued is None and not timing.host_bound
+
+
+def test_on_a_cpu_nobody_waits():
+    _, timing = profile.measure(Recorder(), {"image": torch.zeros(1, 3, 4, 4)}, Measure(), lambda *report: None)
+    assert timing.queued is None and not timing.host_bound
 
 
 @pytest.mark.parametrize("warmup, expected", [(0, [1, 2, 3]), (1, [2, 3, 4]), (2, [3, 4, 5])])

@@ -44,7 +44,7 @@ def measure(
 ) -> tuple[Memory, Time]:
     """Run the steps and return the figures. This trains the model: measure on one that is thrown away afterwards.
 
-    `meanwhile` is called after the last step has been queued, which a GPU is then still at.
+    `meanwhile` is called after a last step has been queued, which a GPU is then still at.
     """
     if trainer.accelerator.device.type == "cuda":
         return _cuda_memory(trainer, batch), _time(trainer, batch, settings, report, meanwhile, CUDA_CLOCK)
@@ -108,6 +108,10 @@ def _time(
     for step in range(total):
         steps.append(timed_step(trainer, batch, step, clock))
         report(step + 1, total)
+    queued = None
+    if clock.device == "cuda":
+        queued = _seconds(clock.wait) if trainer.accelerator.scaler is None else None  # which waits in every step
+        trainer.step(batch, total - 1)
     meanwhile()
     clock.wait()
     measured = steps[settings.warmup :]
@@ -118,7 +122,14 @@ def _time(
         samples=[seconds_of(marks, clock) for marks in measured],
         batch_size=batch["image"].shape[0],
         phases={phase: [each[phase] for each in by_phase] for phase in PHASES},
+        queued=queued,
     )
+
+
+def _seconds(wait: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    wait()
+    return time.perf_counter() - started
 
 
 def floor_seconds(backbone: nn.Module, image: Tensor, accelerator: Accelerator, repeats: int) -> list[float]:

@@ -17,7 +17,7 @@ from bench.record import Record, read
 from bench.report.groups import weights_of
 from bench.report.render import say
 from bench.report.sheets import MISSING
-from bench.report.tables import GIB
+from bench.report.tables import GIB, HOST_BOUND
 from bench.spec import SETTLED, Tried
 from bench.tasks import TASKS
 
@@ -93,6 +93,8 @@ def _sections(record: Record) -> dict[str, dict[str, Any]]:
             **{phase: f"{pd.Series(samples).median():.4f}" for phase, samples in time.phases.items()},
             **({"frozen backbone alone": f"{pd.Series(time.floor).median():.4f}"} if time.floor else {}),
             **_achieved(record),
+            **({"queued after the last step": f"{time.queued:.4f}"} if time.queued is not None else {}),
+            **({"HOST-BOUND": HOST_BOUND} if time.host_bound else {}),
             "steps": f"{len(seconds)} after {time.warmup} of warm-up", "batch size": time.batch_size,
         } if time else {},
         "Learning rate": {

@@ -40,6 +40,7 @@ MEMORY_PRINTED, TIME_PRINTED = "published memory (GB, as printed)", "published t
 BASELINE = "single_task_full"
 NO_BASELINE = "no single-task baseline"
 GIB = 2**30
+HOST_BOUND = "the GPU waits for the host: its time is Python's, a larger batch or another processor changes it"
 ENOUGH = 5  # samples for a 90th percentile: of fewer it is hardly another figure than the largest
 
 
@@ -282,6 +283,9 @@ def efficiency_table(group: Group, reference: str | None = None, *, strict: bool
         | _delta_cells(_figures(group, records), against)
         for records in group.methods()
     ]
+    for row, records in zip(rows, group.methods(), strict=True):
+        if any(record.time and record.time.host_bound for record in _counted(records)):
+            row[NOTE] = "; ".join(filter(None, [row[NOTE], HOST_BOUND]))
     families = {records[0].method.published_row: records[0].method.family for records in group.methods()}
     for printed in published.efficiency_rows(set(families), group.spec.backbone).to_dict("records"):
         cost = {MEMORY_PRINTED: printed["memory_gb"], TIME_PRINTED: printed["seconds_per_batch"]}

@@ -565,6 +565,20 @@ def test_printed_delta_m_does_not_stand_under_another_reference(tmp_path):
     assert "printed against the single-task baseline alone" in report(tmp_path, "mtlora")
 
 
+def test_a_row_whose_time_is_the_hosts_says_so(tmp_path):
+    times = {"ours": 0.01, "mtlora": 2.0, "lora": None}  # seconds queued; a step takes 5.5
+    for method, queued in times.items():
+        samples = [float(n) for n in range(10, 0, -1)]
+        time = Time(device="cuda", warmup=3, samples=samples, batch_size=8, queued=queued)
+        path = make(tmp_path, method, device="nvidia-h200", time=time)
+        shown = Console(file=io.StringIO(), width=200)
+        show.show(str(path), tmp_path, shown)
+        assert ("HOST-BOUND" in shown.file.getvalue()) == (method == "ours")
+    notes = measured(tables.efficiency_table(only(tmp_path)))["Note"]
+    assert {title for title, note in notes.items() if "the GPU waits for the host" in note} == {"Ours"}
+    assert not measured(tables.accuracy_table(only(tmp_path)))["Note"].any()
+
+
 @pytest.mark.parametrize(("samples", "p90"), [(4, None), (5, 4.6)])
 def test_few_samples_have_no_percentile(tmp_path, samples, p90):
     make(tmp_path, "ours", time=Time(device="cpu", warmup=1, samples=range(1, samples + 1), batch_size=8))
