@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # ./run_all.sh          make .venv, install, run the default comparison, print the report
 # ./run_all.sh test     make .venv, install, run the test suite
-# ./run_all.sh table2   efficiency on a CUDA GPU: the paper's Table 2 first, then every method, then other precisions,
-#                       where the steps' time goes, and last the estimates
+# ./run_all.sh table2   efficiency on a CUDA GPU: the paper's Table 2 first and where the steps' time goes, then every
+#                       method, then other precisions, and last the estimates
 # PYTHON=/path/to/python ./run_all.sh ...   use that interpreter as it is; nothing is installed
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -46,6 +46,7 @@ case "${1:-}" in
     trap 'exit 130' INT  # Ctrl-C ends it all, not one suite
     measure() { "$python" -m bench run --suite "$1" --device cuda --no-estimate --out "$out" "${@:2}" || status=$?; }
     measure table2
+    "$python" -m bench profile --methods mtlora,ditask,tadformer,ours --image-size 448 --operators 10 --device cuda || status=$?
     measure table2_all
     for precision in tf32 bf16; do
       measure table2 --backbone swin_tiny --precision "$precision"
@@ -53,7 +54,6 @@ case "${1:-}" in
     measure table2 --backbone swin_tiny --memory low
     measure table2 --methods 'ours[form=plain]'
     measure table2 --backbone swin_tiny --cudnn-benchmark
-    "$python" -m bench profile --methods mtlora,ditask,tadformer,ours --image-size 448 --operators 10 --device cuda || status=$?
     # What needs no GPU comes last.
     "$python" -m bench estimate --records "$out" || status=$?
     "$python" -m bench report "$out"

@@ -51,10 +51,11 @@ def test_a_cell_measures_and_trains(precision, tmp_path):
     from rich.console import Console
 
     settings = BASE | {"methods": "ours,mtlora", "steps": 3, "precision": precision}
-    for record in sweep.run_all(grid.jobs(None, settings, None, "cuda", 0, tmp_path), Console()):
+    for record in sweep.run_all(grid.jobs(None, settings, None, "cuda", 0, tmp_path, estimate=False), Console()):
         assert record.status == "ok", record.failure
         assert 0 < record.memory.weights_allocated < record.memory.peak_allocated <= record.memory.peak_reserved
         assert record.time.device == "cuda" and min(record.time.samples) > 0
+        assert (record.time.queued is None) == (precision == "fp16")
 
 
 def test_figures_of_a_cpu_never_go_under_a_gpus_name(monkeypatch, tmp_path):
@@ -72,7 +73,7 @@ def test_cells_are_forked_from_a_server_that_has_touched_no_gpu(tmp_path):
 
     from rich.console import Console
 
-    (record,) = sweep.run_all(grid.jobs(None, BASE, None, "cuda", 0, tmp_path), Console())
+    (record,) = sweep.run_all(grid.jobs(None, BASE, None, "cuda", 0, tmp_path, estimate=False), Console())
     assert record.status == "ok" and record.time.device == "cuda"
     opened = Path(f"/proc/{forkserver._forkserver._forkserver_pid}/fd")
     assert not [entry for entry in opened.iterdir() if str(entry.readlink()).startswith("/dev/nvidia")]
