@@ -84,6 +84,7 @@ class Provenance(Part):
     dirty: bool | None = None
     code: str | None = None  # of the files that this cell is run by: bench.measure.code
     earlier_commits: list[str] = []  # other code that trained a part of it, before an interrupt
+    earlier_code: list[str] = []
     data_fingerprint: str = ""
     weights: Weights | None = None
     gpu_before: GPUState | None = None  # before the steps that are measured

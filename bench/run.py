@@ -215,8 +215,10 @@ def _train_and_evaluate(cell: _Cell, record: Record, emit: Emit) -> None:
         lambda step, total, loss: emit("step", step=step, total=total, loss=loss),
         job.probes,
         record.provenance.commit,
+        record.provenance.code,
     )
     record.provenance.earlier_commits = [c for c in progress.commits if c != record.provenance.commit]
+    record.provenance.earlier_code = [c for c in progress.codes if c != record.provenance.code]
     record.history, record.loader_wait, record.cosines = progress.history, progress.loader_wait, progress.cosines
 
     emit("phase", name="evaluate")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import signal
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -40,32 +43,45 @@ from bench.tuning import choose, next_rate, score, trial
 GRACE_SECONDS = 120  # for a cell to finish its step and write its checkpoint after an interrupt
 
 
-def finished(job: Job, retry: bool = False, fresh: bool = False) -> Record | None:
+def finished(job: Job, retry: bool = False, fresh: bool = False, since: float = math.inf) -> Record | None:
     """The record of a cell that need not run again: any but an interrupted one, with `retry` only one that is ok, and
-    with `fresh` none."""
-    if fresh or not job.record_path.is_file():
-        return None
+    with `fresh` none; these two count for records from before `since` alone (seconds of the clock), when the sweep
+    began: another that shares its cells may have written later ones."""
     try:
+        if job.record_path.stat().st_mtime >= since:
+            retry = fresh = False
+        if fresh:
+            return None
         found = records.read(job.record_path)
-    except BenchError:
-        return None  # half a file, say: the cell runs again and replaces it
+    except (OSError, BenchError):
+        return None  # none, or half a file, say: the cell runs again and replaces it
     return found if found.status == "ok" or (found.status != "interrupted" and not retry) else None
 
 
 def forget_other_code(job: Job) -> None:
-    """Delete the cell's checkpoint unless this very code left it: `--fresh` is for code that changed."""
+    """Delete the cell's checkpoint unless an interrupt left it, and this very code alone has trained so far: `--fresh`
+    is for code that changed."""
     try:
         made = records.read(job.record_path)
     except BenchError:
         made = None
-    if made is None or made.status != "interrupted" or _other_code(made):
+    codes = _checkpoint(job).get("codes")
+    if made is None or made.status != "interrupted" or codes != [code.fingerprint(made.spec.method)]:
         job.checkpoint_path.unlink(missing_ok=True)
+
+
+def _checkpoint(job: Job) -> dict[str, Any]:
+    """What a cell's checkpoint says of itself; nothing where that cannot be read."""
+    with suppress(SafetensorError, OSError, KeyError, ValueError):  # the cell says what is wrong with it
+        with safe_open(job.checkpoint_path, "np") as file:
+            return json.loads((file.metadata() or {})["bench"])
+    return {}
 
 
 def _other_code(made: Record) -> str:
     """Which other code than this a record comes from, in words; "" where it is this."""
     about = made.provenance
-    if about is None or about.code == code.fingerprint(made.spec.method):
+    if about is None or {about.code, *about.earlier_code} == {code.fingerprint(made.spec.method)}:
         return ""
     changed = " and changes to it" if about.dirty else ""
     return f"other code (commit {about.commit[:8]}{changed})" if about.commit else "other code"
@@ -102,11 +118,12 @@ def run_all(jobs: Sequence[Job], console: Console, retry: bool = False, fresh: b
     )
     left = deque(enumerate(jobs))
     turned_away = 0  # since the last cell that came to an end
+    began = time.time()
     with Progress(*columns, console=console, transient=False) as progress:
         cells = progress.add_task("cells", total=len(jobs), note="")
         while left:
             index, job = left.popleft()
-            sweep = _Sweep(progress, console, retry, fresh, wait=turned_away >= len(left))
+            sweep = _Sweep(progress, console, retry, fresh, began, wait=turned_away >= len(left))
             try:
                 results[index] = _run_cell(job, sweep, tried)
             except Elsewhere:
@@ -126,6 +143,7 @@ class _Sweep:
     console: Console
     retry: bool
     fresh: bool
+    began: float  # seconds of the clock
     wait: bool
 
 
@@ -133,7 +151,7 @@ def _run_cell(job: Job, sweep: _Sweep, tried: dict[Path, Record]) -> Record:
     """A cell's record, after the trials that it needs; its line is printed. Raises Elsewhere."""
     label = f"{escape(job.spec.method)} · {job.spec.backbone.split('.')[0]} · seed {job.spec.seed}"
     with only_here(job, label, sweep):
-        result = finished(job, sweep.retry, sweep.fresh)
+        result = finished(job, sweep.retry, sweep.fresh, sweep.began)
         verb = "kept" if result else "done"
         if result is None and job.spec.recipe.tune and job.spec.steps != 0:
             found: list[Record] = []
@@ -172,8 +190,9 @@ def only_here(job: Job, label: str, sweep: _Sweep) -> Iterator[None]:
                 raise Elsewhere from None
             sweep.console.print(f"waiting   {label}: another bench run is at it")
             fcntl.flock(file, fcntl.LOCK_EX)
-        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-            break
+        with suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                break
         file.close()  # its holder has taken the file away: there may be a new one
     try:
         yield
@@ -194,14 +213,12 @@ def _run_shown(job: Job, label: str, sweep: _Sweep) -> Record:
 
 
 def _whence(job: Job) -> str:
-    """From which step a cell goes on, and whether other code has trained so far; what it can know of it."""
-    told = ""
-    with suppress(SafetensorError, OSError, KeyError, ValueError):  # the cell says what is wrong with it
-        with safe_open(job.checkpoint_path, "np") as file:
-            told = f" from step {json.loads((file.metadata() or {})['bench'])['step']}"
-    with suppress(BenchError):
-        if other := _other_code(records.read(job.record_path)):
-            told += f", trained by {other}: --fresh starts anew"
+    """From which step a cell goes on, and whether other code has trained so far."""
+    about = _checkpoint(job)
+    told = f" from step {about['step']}" if "step" in about else ""
+    if about.get("codes") != [code.fingerprint(job.spec.method)]:
+        commits = ", ".join(commit[:8] for commit in about.get("commits", ()))
+        told += f", trained by other code{f' (commit {commits})' if commits else ''}: --fresh starts anew"
     return told
 
 
@@ -209,7 +226,7 @@ def _try(job: Job, label: str, sweep: _Sweep) -> Record:
     """A learning rate's trial, or its record from before. Raises Elsewhere."""
     label = f"{label.rpartition(' · ')[0]} · trial of lr {job.spec.recipe.optimizer.lr:g}"
     with only_here(job, label, sweep):
-        found = finished(job, sweep.retry, sweep.fresh)
+        found = finished(job, sweep.retry, sweep.fresh, sweep.began)
         result = _run_shown(job, label, sweep) if found is None else found
     verb = "kept" if found else "tried"
     if result.status != "ok":

@@ -41,7 +41,8 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., C), or maps (B, C, H, W)."""
         x = x.permute(0, 2, 3, 1) if self.on_maps else x
-        x = F.layer_norm(x, self.shape, self.weight, None, self.eps) + self.bias
+        x = F.layer_norm(x, self.shape, self.weight, None, self.eps)
+        x = x + self.bias.to(x.dtype)
         return x.permute(0, 3, 1, 2) if self.on_maps else x
 
 

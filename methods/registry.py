@@ -12,6 +12,7 @@ import itertools
 import math
 import pkgutil
 import re
+import sys
 import traceback
 import types
 import typing
@@ -117,6 +118,7 @@ def at_least_one(**values: int) -> None:
 
 
 _METHODS: dict[str, Method] = {}
+_MODULES: dict[str, str] = {}  # the module that has entered a method or a prefix, by its name
 
 
 def register(method: Method) -> Method:
@@ -126,7 +128,18 @@ def register(method: Method) -> Method:
         if taken is not None:
             raise MethodError(f"method name {name!r} is already taken by {taken.title}")
     _METHODS[method.name] = method
+    _MODULES[method.name] = _caller()
     return method
+
+
+def _caller() -> str:
+    """The module whose code has called the function that calls this."""
+    return sys._getframe(2).f_globals.get("__name__", "")
+
+
+def module_of(method: Method) -> str:
+    """The module that has entered a method, by which it may have got its function from another."""
+    return _MODULES.get(method.name) or _MODULES.get(method.name.partition(":")[0], "")
 
 
 @dataclass(frozen=True)
@@ -145,6 +158,7 @@ _PREFIXES: dict[str, Prefix] = {}
 
 def register_prefix(prefix: Prefix) -> Prefix:
     _PREFIXES[prefix.prefix] = prefix
+    _MODULES[prefix.prefix] = _caller()
     return prefix
 
 
@@ -160,16 +174,16 @@ def broken() -> list[str]:
     for module in pkgutil.iter_modules(methods.__path__):
         if module.ispkg or module.name in _BROKEN:
             continue
-        before = dict(_METHODS), dict(_PREFIXES)
         try:
             importlib.import_module(f"methods.{module.name}")
-        except MethodError:
-            raise
         except Exception as error:  # whatever a new file may do wrong
+            for name in [name for name, by in _MODULES.items() if by == f"methods.{module.name}"]:
+                _METHODS.pop(name, None)  # half of it does not count
+                _PREFIXES.pop(name, None)
+                del _MODULES[name]
+            if isinstance(error, MethodError):
+                raise
             _BROKEN[module.name] = described(error)
-            for entered, kept in zip((_METHODS, _PREFIXES), before, strict=True):  # half of it does not count
-                entered.clear()
-                entered.update(kept)
     return [f"methods/{name}.py cannot be imported: {why}" for name, why in sorted(_BROKEN.items())]
 
 

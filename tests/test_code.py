@@ -13,6 +13,7 @@ import pytest
 from bench import grid, record
 from bench.measure import code
 from bench.resources import ROOT
+from methods import registry
 from methods.registry import all_methods
 
 TREE = {
@@ -37,10 +38,11 @@ def tree(tmp_path, monkeypatch):
     monkeypatch.setattr(code, "ROOT", tmp_path)
 
     def parse(name):
-        build = SimpleNamespace(__module__=f"methods.{name}")
-        return [SimpleNamespace(method=SimpleNamespace(build=build))]
+        build = SimpleNamespace(__module__="methods.two" if name == "lent" else f"methods.{name}")
+        return [SimpleNamespace(method=SimpleNamespace(build=build, name=name))]
 
     monkeypatch.setattr(code, "parse", parse)
+    monkeypatch.setattr(code, "module_of", lambda method: "methods.three" if method.name == "lent" else "")
     return tmp_path
 
 
@@ -54,7 +56,12 @@ COMMON = {
 
 
 @pytest.mark.parametrize(
-    ("method", "own"), [("one", {"methods/one.py", "methods/two.py"}), ("three", {"methods/three.py"})]
+    ("method", "own"),
+    [
+        ("one", {"methods/one.py", "methods/two.py"}),
+        ("three", {"methods/three.py"}),
+        ("lent", {"methods/two.py", "methods/three.py"}),  # registered in one file, its function from another
+    ],
 )
 def test_the_files_are_those_that_import_each_other(tree, method, own):
     assert {str(path.relative_to(tree)) for path in code.files(method)} == COMMON | own
@@ -74,6 +81,12 @@ def test_a_fingerprint_changes_with_what_the_cell_is_run_by_alone(tree, edited, 
     before = {method: code.fingerprint(method) for method in ("one", "three")}
     (tree / edited).write_text((tree / edited).read_text() + "# edited\n")
     assert {method for method in before if code.fingerprint(method) != before[method]} == changed
+
+
+@pytest.mark.parametrize("name", [*all_methods(), "peft:dora"])
+def test_the_file_that_registers_a_method_is_known(name):
+    text = (ROOT / Path(*registry.module_of(registry.get(name)).split(".")).with_suffix(".py")).read_text()
+    assert f'"{name.partition(":")[0]}"' in text and ("register(" in text or "register_prefix(" in text)
 
 
 def test_a_new_import_is_followed(tree):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import json
 import multiprocessing.forkserver
 import os
 import re
@@ -13,9 +14,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 from rich.console import Console
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from bench import grid, processes, resources, run, sweep
@@ -283,25 +286,27 @@ def test_nothing_but_the_record_and_what_was_trained_is_left_in_the_end(resumed)
 
 
 @pytest.mark.parametrize(
-    ("status", "made_by", "goes_on"),
+    ("status", "trained_by", "goes_on"),
     [
-        ("interrupted", "this", True),
-        ("interrupted", "that", False),
-        ("interrupted", None, False),  # a record from before there were fingerprints
-        ("failed", "this", False),
-        (None, "this", False),
+        ("interrupted", ["this"], True),
+        ("interrupted", ["that"], False),
+        ("interrupted", ["that", "this"], False),  # went on from other code's, and was interrupted again
+        ("interrupted", None, False),  # from before there were fingerprints
+        ("failed", ["this"], False),
+        (None, ["this"], False),
     ],
 )
 def test_fresh_goes_on_only_from_a_checkpoint_of_the_same_code(
-    resumed, tmp_path, monkeypatch, status, made_by, goes_on
+    resumed, tmp_path, monkeypatch, status, trained_by, goes_on
 ):
     made = resumed["record"]
     job = SimpleNamespace(
         record_path=tmp_path / made.spec.relative_path(), checkpoint_path=tmp_path / "cell.safetensors"
     )
-    job.checkpoint_path.touch()
+    about = {"step": 3} | ({"codes": trained_by} if trained_by else {})
+    save_file({"any": np.zeros(1)}, job.checkpoint_path, {"bench": json.dumps(about)})
     if status:
-        provenance = made.provenance.model_copy(update={"code": made_by})
+        provenance = made.provenance.model_copy(update={"code": "this"})  # it may not have come to training
         made.model_copy(update={"status": status, "provenance": provenance}).write(tmp_path)
     monkeypatch.setattr(sweep.code, "fingerprint", lambda expression: "this")
     sweep.forget_other_code(job)
@@ -519,6 +524,24 @@ def test_what_another_sweep_has_done_meanwhile_is_kept(shared_out):
     results = sweep.run_all(jobs, shared_out.shown)
     assert [seed for seed, _ in shared_out.begun] == [1, 2, 3]
     assert results[0].failure.message == "elsewhere" and "kept: failed" in shared_out.shown.file.getvalue()
+
+
+@pytest.mark.parametrize("flag", ["retry", "fresh"])
+def test_what_another_sweep_has_run_since_this_one_began_is_not_run_again(shared_out, flag):
+    jobs = shared_out.jobs()[:2]
+    for job in jobs:  # records from before: these flags are about them
+        record = run.blank_record(job)
+        record.status = "failed"
+        os.utime(record.write(job.out), (1, 1))
+    release = shared_out.hold(jobs[0])
+
+    def elsewhere():
+        run.blank_record(jobs[0]).model_copy(update={"status": "failed"}).write(jobs[0].out)
+        release()
+
+    shared_out.ends[1] = elsewhere
+    sweep.run_all(jobs, shared_out.shown, **{flag: True})
+    assert [seed for seed, _ in shared_out.begun] == [1]
 
 
 def test_where_all_that_is_left_is_elsewhere_it_waits(shared_out):

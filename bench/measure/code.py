@@ -11,7 +11,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from bench.resources import ROOT
-from methods.registry import parse
+from methods.registry import module_of, parse
 
 CELL = "bench.run"  # what its process runs; methods are found by the registry, not imported by it
 
@@ -31,7 +31,7 @@ def files(expression: str) -> set[Path]:
     build = configured.method.build
     while isinstance(build, partial):  # of a method that is made when it is asked for
         build = build.func
-    return _reached(CELL, build.__module__)
+    return _reached(CELL, build.__module__, module_of(configured.method))
 
 
 def _reached(*modules: str) -> set[Path]:

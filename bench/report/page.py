@@ -272,6 +272,7 @@ def _card(number: int, group: Group, records: Sequence[Record]) -> str:
             "row of the papers' tables": first.method.published_row or "none",
             "seeds": ", ".join(f"{r.spec.seed}: {r.status.replace('_', ' ')}" for r in records),
             **({"failure": failure} if failure else {}),
+            **({"time": host} if (host := tables.of_host(records)) else {}),
         },
         "Options": first.method.options,
         "Trainable parameters": first.parameters.model_dump(exclude_none=True) if first.parameters else {},

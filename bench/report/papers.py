@@ -127,7 +127,11 @@ def _measured(table: PaperTable, group: Group, records: list[Record]) -> dict[st
     intervals["delta_m"] = accuracy[tables.interval(tables.DELTA)]
     out: dict[str, Any] = {f"{column}, {MEASURED}": values[column] for column in table.columns}
     out |= {f"{column}, ±95 %": intervals[column] for column in table.columns if column in intervals}
-    reasons = [accuracy[tables.NOTE], accuracy[tables.DELTA_NOTE] if "delta_m" in table.columns else ""]
+    reasons = [
+        accuracy[tables.NOTE],
+        accuracy[tables.DELTA_NOTE] if "delta_m" in table.columns else "",
+        tables.of_host(records) if "seconds_per_batch" in table.columns else "",
+    ]
     return out | {
         "status": accuracy[tables.STATUS], "note": "; ".join(filter(None, reasons)), "seeds": accuracy[tables.SEEDS],
         "records": accuracy[tables.RECORDS],

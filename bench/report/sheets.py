@@ -125,11 +125,13 @@ def efficiency_sheet(group: Group, table: pd.DataFrame, against: str) -> Sheet:
         lambda v: f"({v:.3f})", tables.TIME_PRINTED, lambda v: f"{v:.3f}{published.MARK}",
     )  # fmt: skip
     views = [View(f"#TP M{SPACE}↓", tables.TP, two, -1), split, View("publ. #TP M", tables.TP_PRINTED, two)]
-    steps, warmup = group.spec.recipe.measure.steps, group.spec.recipe.measure.warmup
+    measures = dict.fromkeys((m.steps, m.warmup) for item in group.found for m in [item.record.spec.recipe.measure])
+    told = " or ".join(
+        f"{steps} {'step' if steps == 1 else 'steps'} a seed, after {w} of warm-up" for steps, w in measures
+    )
     notes = [
         "Memory: the largest peak over seeds of full training steps, in GiB (2^30 bytes). Time: median and 90th "
-        f"percentile (of {tables.ENOUGH} or more) of {steps} {'step' if steps == 1 else 'steps'} a seed, after "
-        f"{warmup} of warm-up."
+        f"percentile (of {tables.ENOUGH} or more) of {told}."
     ]
     if cpu:
         notes.append("CPU memory is the whole process's and CPU time depends on the cores: neither stands for a GPU's.")
@@ -239,8 +241,11 @@ def _notes(group: Group, table: pd.DataFrame, against: str) -> list[str]:
     notes = [f"Δm: mean over tasks of the relative gain (equation 13); {against}."] if group.trained else []
     if group.spec.protocol == "published" and group.spec.decoder is None:
         notes.append("Protocol published: each method has its own paper's decoder; `equal` ranks the methods alone.")
-        if not published.has_backbone(group.spec.backbone):
-            notes.append("No published table has this backbone: what the papers do on theirs is carried over to it.")
+        names = dict.fromkeys(item.record.spec.backbone.split(".")[0] for item in group.found)
+        if new := [name for name in names if not published.has_backbone(name)]:
+            notes.append(
+                f"No published table has {', '.join(new)}: what the papers do on their backbones is carried over."
+            )
     tuned = [record for records in group.methods() for record in records if record.tuned]
     if tuned:
         edge = dict.fromkeys(record.method.title for record in tuned if tables.at_edge(record.tuned))

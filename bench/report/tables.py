@@ -284,8 +284,7 @@ def efficiency_table(group: Group, reference: str | None = None, *, strict: bool
         for records in group.methods()
     ]
     for row, records in zip(rows, group.methods(), strict=True):
-        if any(record.time and record.time.host_bound for record in _counted(records)):
-            row[NOTE] = "; ".join(filter(None, [row[NOTE], HOST_BOUND]))
+        row[NOTE] = "; ".join(filter(None, [row[NOTE], of_host(records)]))
     families = {records[0].method.published_row: records[0].method.family for records in group.methods()}
     for printed in published.efficiency_rows(set(families), group.spec.backbone).to_dict("records"):
         cost = {MEMORY_PRINTED: printed["memory_gb"], TIME_PRINTED: printed["seconds_per_batch"]}
@@ -376,6 +375,11 @@ def _parameters(group: Group, records: Sequence[Record]) -> dict[str, float]:
         TP: known.trainable / 1e6 if known else float("nan"),
         TP_PRINTED: published.parameters(row, group.spec.backbone),
     }
+
+
+def of_host(records: Sequence[Record]) -> str:
+    """HOST_BOUND where that is so of a method's records, else nothing."""
+    return HOST_BOUND if any(record.time and record.time.host_bound for record in _counted(records)) else ""
 
 
 def cost_row(group: Group, records: Sequence[Record]) -> dict[str, float]:

@@ -196,6 +196,7 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
     cosines: dict[str, list[float]] = field(default_factory=dict)  # "task,task" -> one a probe
     commits: list[str] = field(default_factory=list)  # of the code that trained, one after the other
+    codes: list[str] = field(default_factory=list)  # its fingerprints, likewise
 
 
 def train(
@@ -208,15 +209,17 @@ def train(
     report: Callable[[int, int, float], None],
     probes: int = 0,
     commit: str | None = None,
+    code: str | None = None,
 ) -> Progress:
     """Train from the last checkpoint, if there is one, to the end. `report(step, total, loss)` is called as it goes;
-    `probes` times, evenly spread, the tasks' gradients are compared. `commit` names the code that trains.
+    `probes` times, evenly spread, the tasks' gradients are compared. `commit` and `code` name the code that trains.
 
     An interrupt leaves a checkpoint of the last whole step behind. Raises DivergedError.
     """
     progress = load_checkpoint(checkpoint, trainer) if checkpoint.exists() else Progress()
-    if commit and commit not in progress.commits:
-        progress.commits.append(commit)
+    for known, name in ((progress.commits, commit), (progress.codes, code)):
+        if name and name not in known:
+            known.append(name)
     total = trainer.total_steps
     log_every = max(1, total // 100)
     pin = trainer.accelerator.device.type == "cuda"
@@ -300,7 +303,8 @@ def save_checkpoint(path: Path, trainer: Trainer, progress: Progress) -> None:
     if trainer.accelerator.device.type == "cuda":
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
     about = {"step": progress.step, "loader_wait": progress.loader_wait, "history": progress.history}
-    about |= {"cosines": progress.cosines, "commits": progress.commits, "lr": trainer.recipe.optimizer.lr}
+    about |= {"cosines": progress.cosines, "commits": progress.commits, "codes": progress.codes}
+    about |= {"lr": trainer.recipe.optimizer.lr}
     if trainer.accelerator.scaler is not None:
         about["scaler"] = trainer.accelerator.scaler.state_dict()
     temporary = path.with_suffix(".partial")
@@ -335,7 +339,7 @@ def load_checkpoint(path: Path, trainer: Trainer) -> Progress:
             torch.cuda.set_rng_state(tensors["rng/cuda"])
         if trainer.accelerator.scaler is not None and "scaler" in about:
             trainer.accelerator.scaler.load_state_dict(about["scaler"])
-        rest = about.get("cosines", {}), about.get("commits", [])
+        rest = about.get("cosines", {}), about.get("commits", []), about.get("codes", [])
         return Progress(about["step"], about["loader_wait"], about["history"], *rest)
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise BenchError(f"cannot resume from {path}: {error}; delete it to start this cell anew") from error

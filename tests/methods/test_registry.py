@@ -216,10 +216,25 @@ def test_a_file_that_cannot_be_imported_is_named_and_stops_nothing_else(clean_re
     assert re.search(said, shown.getvalue()) and "mtlora" in shown.getvalue()
 
 
+def test_what_a_broken_file_has_imported_stays(clean_registry, tmp_path, monkeypatch):
+    (tmp_path / "aaa_method.py").write_text("import methods.zzz_method\nimport nowhere_at_all\n")
+    (tmp_path / "zzz_method.py").write_text(
+        "from methods.registry import Method, register\n"
+        "register(Method('zzz', 'Whole', 'single-task PEFT', '', build=print))\n"
+    )
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    importlib.invalidate_caches()
+    try:
+        assert get("zzz").title == "Whole" and len(registry.broken()) == 1
+    finally:
+        sys.modules.pop("methods.zzz_method", None)
+
+
 def test_a_file_that_takes_anothers_name_stops_all(clean_registry, tmp_path, monkeypatch):
     """Which of the two is meant nobody could say."""
     (tmp_path / "copied_method.py").write_text(
         "from methods.registry import Method, register\n"
+        "register(Method('copied', 'Mine', 'single-task PEFT', '', build=print))\n"
         "register(Method('mtlora', 'Mine', 'single-task PEFT', '', build=print))\n"
     )
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])

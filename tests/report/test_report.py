@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -610,7 +611,11 @@ def test_times_of_different_numbers_of_threads_are_marked(tmp_path, device, thre
 )
 def test_the_papers_protocol_on_a_backbone_that_they_have_not(tmp_path, backbone, carried):
     make(tmp_path, "ours", backbone=backbone)
-    assert ("what the papers do on theirs is carried over to it" in " ".join(report(tmp_path).split())) == carried
+    said = "No published table has vit_small_patch14_dinov2: what the papers do"
+    assert (said in " ".join(report(tmp_path).split())) == carried
+    make(tmp_path, "mtlora", backbone="pvt_v2_b0")
+    mixed = " ".join(report(tmp_path, mix=True).split())
+    assert re.search(r"No published table has pvt_v2_b0(, vit\S+)?: what", mixed)
 
 
 def test_the_busy_row_is_named(tmp_path):
