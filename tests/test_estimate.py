@@ -229,6 +229,7 @@ def test_dropout_keeps_a_boolean_mask():
 
     plain = kept()
     with LikeCUDA():
+        assert torch.zeros(2).is_cuda
         cuda = kept()
     assert plain == 4000 + 4000 and cuda == 4000 + 1000
 

@@ -25,11 +25,13 @@ FLOAT32 = frozenset({
     "norm", "softmax", "log_softmax",
 })  # fmt: skip
 FLOAT32_INSIDE = frozenset({"sum", "prod", "cumsum", "cumprod"})  # summed in float32 without a copy of the input
+IS_CUDA = Tensor.is_cuda.__get__
 PROMOTE = frozenset({"addcdiv", "addcmul", "atan2", "cross", "dot", "grid_sample", "tensordot"})
 
 
 class LikeCUDA(TorchFunctionMode):
-    """Dropout keeps a boolean mask, attention is the fused kernel, and with `dtype` autocast follows CUDA's lists.
+    """Tensors say that they are on a GPU, for code that asks; dropout keeps a boolean mask, attention is the fused
+    kernel, and with `dtype` autocast follows CUDA's lists.
 
     Casts of trained weights are kept until `forget_casts`, as CUDA's autocast keeps them.
     """
@@ -49,6 +51,8 @@ class LikeCUDA(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if func == IS_CUDA:
+            return True
         name = getattr(func, "__name__", "")
         if self.dtype is not None:
             if name in LOWER:
