@@ -25,8 +25,8 @@ FLOAT32 = frozenset({
     "norm", "softmax", "log_softmax",
 })  # fmt: skip
 FLOAT32_INSIDE = frozenset({"sum", "prod", "cumsum", "cumprod"})  # summed in float32 without a copy of the input
-IS_CUDA = Tensor.is_cuda.__get__
 PROMOTE = frozenset({"addcdiv", "addcmul", "atan2", "cross", "dot", "grid_sample", "tensordot"})
+IS_CUDA = Tensor.is_cuda.__get__  # as `x.is_cuda` comes to a function mode
 
 
 class LikeCUDA(TorchFunctionMode):
