@@ -294,6 +294,8 @@ def test_a_bias_added_apart_changes_nothing(kind):
         (each * over).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
     torch.testing.assert_close(parent["norm"].bias.grad, norm.bias.grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert parent.float()["norm"](x.bfloat16()).dtype == norm.float()(x.bfloat16()).dtype
 
 
 @pytest.mark.parametrize("expression", [*all_methods(), "bitfit[sharing=shared]"])

@@ -578,6 +578,10 @@ def test_a_row_whose_time_is_the_hosts_says_so(tmp_path):
     notes = measured(tables.efficiency_table(only(tmp_path)))["Note"]
     assert {title for title, note in notes.items() if "the GPU waits for the host" in note} == {"Ours"}
     assert not measured(tables.accuracy_table(only(tmp_path)))["Note"].any()
+    for needed in ("plotly", "itables"):
+        pytest.importorskip(needed)
+    render.page(tmp_path, tmp_path, None, [], Console(quiet=True))
+    assert (tmp_path / "report.html").read_text().count("the GPU waits for the host") == 1
 
 
 @pytest.mark.parametrize(("samples", "p90"), [(4, None), (5, 4.6)])
