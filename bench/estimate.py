@@ -119,9 +119,9 @@ def _estimate(
     batch: int,
 ) -> Estimate:
     from bench.measure.estimate import estimate
-    from bench.measure.models import random_model
+    from methods.build import build_model
 
-    build = functools.partial(random_model, method, backbone, size, channels, protocol, use)
+    build = functools.partial(build_model, method, backbone, channels, size, "random", protocol, memory=use)
     return estimate(build, size, recipe, batch, precision, losses_together=losses_together)
 
 

@@ -33,13 +33,12 @@ PRELOADED = [
     "bench.data.loader",
     "bench.measure.cuda",
     "bench.measure.estimate",
-    "bench.measure.models",
     "bench.measure.probe",
     "bench.measure.profile",
     "bench.run",
     "bench.train.loop",
     "bench.train.trained",
-    "methods.backbones.load",
+    "methods.build",
 ]
 QUIET = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}  # what the server never hears: it ends with its last client
 _served: dict[str, int] = {}  # the code as it was when the server began

@@ -82,11 +82,11 @@ def profile(
     from accelerate import Accelerator
 
     from bench.measure import cuda
-    from bench.measure.models import random_model
     from bench.measure.operators import operators
     from bench.measure.profile import CPU_CLOCK, CUDA_CLOCK, settle, synthetic_batch
     from bench.train.loop import Trainer
     from methods.backbones.load import WeightSource, full_name, load_backbone
+    from methods.build import build_model
     from methods.registry import parse
 
     mixed = precision if precision in ("bf16", "fp16") else "no"
@@ -96,7 +96,7 @@ def profile(
     trainers = {}
     for method in parse(methods):
         torch.manual_seed(0)
-        model = random_model(method, full_name(backbone), size, channels, protocol, memory)
+        model = build_model(method, backbone, channels, size, "random", protocol, memory=memory)
         accelerator = Accelerator(mixed_precision=mixed, cpu=not place.name)  # a loss scale of its own
         trainers[method.expression] = Trainer(model, chosen, batch_size, rounds + 1, accelerator)
     batch = synthetic_batch(channels, size, batch_size, accelerator.device)

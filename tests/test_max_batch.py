@@ -61,10 +61,10 @@ def test_what_fails_for_another_reason_is_told_and_not_taken_for_memory(monkeypa
 def test_what_libraries_say_at_the_limit_is_memory_on_a_gpu_alone(monkeypatch, cuda, batch_size, memory):
     """And not where a single image fails: that one is always tried first."""
 
-    def fails(*_):
+    def fails(*_, **__):
         raise RuntimeError("GET was unable to find an engine to execute this computation")
 
-    monkeypatch.setattr("bench.measure.models.random_model", fails)
+    monkeypatch.setattr("methods.build.build_model", fails)
     found = probe.answer(request(batch_size, cuda=cuda, limit=None))
     assert not found.fits and (found.error == "") == memory
 

@@ -1,4 +1,4 @@
-"""The README's example of a new method works as printed."""
+"""What the README prints works as printed."""
 
 import importlib.util
 import re
@@ -20,10 +20,14 @@ from methods.model import Setting
 README = Path(__file__).parent.parent / "README.md"
 
 
+def python_blocks():
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
 @pytest.fixture
 def newcomer(tmp_path, monkeypatch):
     """A folder of methods that holds the README's file and nothing else, beside the project's own."""
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = (block for block in python_blocks() if "register(" in block)
     (tmp_path / "scale_shift.py").write_text(code, encoding="utf-8")
     registry.all_methods()
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
@@ -63,6 +67,18 @@ def test_example_method_passes_the_conformance_tests(newcomer, build, tasks, tin
         getattr(conformance, f"test_{test}")(build, "scale_shift")
     conformance.test_start(build, "scale_shift", tiny_swin)
     conformance.test_backbone_passes(build, "scale_shift", tasks)
+
+
+def test_lines_for_python(monkeypatch):
+    (code,) = (block for block in python_blocks() if "build_model(" in block)
+    monkeypatch.chdir(README.parent)
+    found = {}
+    exec(code, found)
+    said = dict(re.findall(r'"(\w+)": (\([\d, ]+\))', code.partition("->")[2]))
+    assert {task: str(tuple(out.shape)) for task, out in found["logits"].items()} == said
+    trainable = found["model"].ledger().trainable
+    assert trainable == sum(p.numel() for p in found["model"].parameters() if p.requires_grad)
+    assert not found["records"].empty
 
 
 def test_card_of_the_readme_loads(tmp_path):

@@ -42,7 +42,6 @@ def answer(request: Request) -> Answer:
     from accelerate import Accelerator
 
     from bench.measure import cuda
-    from bench.measure.models import random_model
     from bench.measure.profile import (
         CPU_CLOCK,
         CUDA_CLOCK,
@@ -53,6 +52,7 @@ def answer(request: Request) -> Answer:
         timed_step,
     )
     from bench.train.loop import Trainer
+    from methods.build import build_model
     from methods.registry import parse
 
     try:
@@ -62,8 +62,14 @@ def answer(request: Request) -> Answer:
         mixed = request.precision if request.precision in ("bf16", "fp16") else "no"
         cuda.set_up(request.precision)
         accelerator = Accelerator(mixed_precision=mixed, cpu=not request.cuda)
-        model = random_model(
-            method, request.backbone, request.image_size, request.channels, request.protocol, request.memory
+        model = build_model(
+            method,
+            request.backbone,
+            request.channels,
+            request.image_size,
+            "random",
+            request.protocol,
+            memory=request.memory,
         )
         trainer = Trainer(model, request.recipe, request.batch_size, STEPS, accelerator)
         batch = synthetic_batch(request.channels, request.image_size, request.batch_size, accelerator.device)

@@ -1,0 +1,54 @@
+"""A method on a backbone by their names, as one model: for every measurement here, and for training loops elsewhere."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Literal
+
+from methods.backbones.load import full_name, load_backbone, resolve_weights
+from methods.layers.checkpointing import checkpoint_activations
+from methods.model import MultiTaskModel, Setting
+from methods.registry import Configured, MethodError, parse
+
+
+def build_model(
+    method: str | Configured,
+    backbone: str,
+    tasks: Mapping[str, int],
+    image_size: tuple[int, int] = (224, 224),
+    weights: str = "auto",
+    protocol: Literal["published", "equal"] = "published",
+    decoder: Literal["segformer", "hrnet", "highres"] | None = None,
+    memory: Literal["default", "low"] = "default",
+) -> MultiTaskModel:
+    """image (B, 3, H, W) in [0, 1] -> {task: logits (B, channels, H, W)}, with only what the method trains unfrozen.
+
+    method     an expression of one method, as `bench run --methods` takes it: "mtlora[rank=16]"
+    backbone   a short name (`bench list backbones`) or timm's own
+    tasks      task name -> output channels; names are the caller's, without a dot
+    image_size (height, width)
+    weights    of the backbone: "timm", "random", the path of a timm checkpoint, or "auto": timm's where they can be
+               reached, else random ones, with a warning
+    memory     "low": activation checkpointing
+
+    The model stands in training mode, on the CPU. One whose `prepare` is not None (progressive adaptation) wants it
+    called before it trains; `trained_state` and `load_trained_state` are for checkpoints, `clip_groups` for clipping.
+
+    Raises MethodError in one line for what is unknown or cannot be built.
+    """
+    if isinstance(method, str):
+        found = parse(method)
+        if len(found) > 1:
+            raise MethodError(f"{method!r} is {len(found)} methods; build_model makes one")
+        (method,) = found
+    if not tasks or any("." in task or count < 1 for task, count in tasks.items()):
+        raise MethodError(f"tasks map names without a dot to one output channel or more, not {dict(tasks)}")
+    name = full_name(backbone)
+    source = resolve_weights(weights, name)
+    if weights == "auto" and source.source == "random":
+        warnings.warn(f"random weights for {name}: timm's pretrained ones cannot be reached", stacklevel=2)
+    model = method.try_build(load_backbone(name, image_size, source), tasks, Setting(protocol, decoder))
+    if memory == "low":
+        checkpoint_activations(model)
+    return model
