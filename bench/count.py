@@ -38,7 +38,7 @@ def counts(
 
     from methods.backbones.load import WeightSource, full_name, load_backbone
     from methods.model import Setting
-    from methods.registry import MethodError, parse
+    from methods.registry import MethodError, asks_for_all, parse
 
     card = cards.load(dataset)
     channels = card.channels(cards.choose_tasks(card, tasks))
@@ -48,7 +48,7 @@ def counts(
             with torch.device("meta"):
                 frame = load_backbone(backbone, size, WeightSource("random"))
         except MethodError as error:
-            if "all" not in methods.split(","):
+            if not asks_for_all(methods):
                 raise
             tell(f"left out: {error}")
             continue
@@ -62,7 +62,7 @@ def counts(
                             row[PASSES] = model.passes(torch.empty(1, 3, *size))
                     row[protocol] = model.ledger().trainable / 1e6
             except MethodError as error:
-                if "all" not in methods.split(","):
+                if not asks_for_all(methods):
                     raise
                 tell(f"left out: {error}")
                 continue

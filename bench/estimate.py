@@ -71,7 +71,7 @@ def table(
     task_lists = _task_lists(card, tasks, task_counts)
 
     from methods.backbones.load import full_name
-    from methods.registry import MethodError, parse
+    from methods.registry import MethodError, asks_for_all, parse
 
     rows, left_out = [], set()
     frames = [full_name(name.strip()) for name in backbones.split(",")]
@@ -92,7 +92,7 @@ def table(
             if limit is not None:
                 row |= {"fits": found.peak <= limit, LARGEST: _largest(run, limit, batch)}
         except MethodError as error:
-            if "all" not in methods.split(","):
+            if not asks_for_all(methods):
                 raise
             if str(error) not in left_out:
                 tell(f"left out: {error}")

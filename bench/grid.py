@@ -307,7 +307,7 @@ def _buildable(
 
     from methods.backbones.load import WeightSource, load_backbone
     from methods.model import Setting
-    from methods.registry import MethodError
+    from methods.registry import MethodError, asks_for_all
 
     fitting, refusals = [], []
     with torch.device("meta"):
@@ -321,7 +321,7 @@ def _buildable(
                 refusals.append(error)
                 continue
         fitting.append(method)
-    if refusals and ("all" not in settings.methods.split(",") or not fitting):
+    if refusals and (not asks_for_all(settings.methods) or not fitting):
         raise refusals[0]
     for refusal in refusals:
         tell(f"left out: {refusal}")

@@ -67,6 +67,8 @@ def _backbones() -> typing.Iterator[tuple[str, ...]]:
 
     yield from SHORT_NAMES.items()
     yield "swin_*", "any timm Swin V1 by its timm name"
+    yield "vit_*, deit_*", "any plain Vision Transformer by its timm name, for images whose sides its patch divides"
+    yield "pvt_v2_*", "any PVT v2 by its timm name"
     yield "any other", "a timm features_only model with maps at strides 4, 8, 16, 32, e.g. tf_efficientnet_lite0"
 
 

@@ -81,19 +81,26 @@ def run(trained: Trained, images: Sequence[Path], out: Path, device: torch.devic
 
     Raises BenchError for a file that is no image, before anything is written.
     """
-    stems = [path.stem for path in images]
-    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
-    if twice is not None:
-        raise BenchError(f"two images are called {twice}: their predictions would overwrite each other")
     if out.exists() and not out.is_dir():
         raise BenchError(f"--out {out} is a file; name a folder")
+    written: dict[Path, Path] = {}  # what will be, by which image
     for path in images:
         if path.is_dir():
             raise BenchError(f"{path} is a folder; name image files, e.g. {path}/*.jpg")
         decode.read_image(path)
+        tails = (".npz", ".png", *(f"_{task}.png" for task in trained.record.spec.tasks))
+        for target in (out.resolve() / f"{path.stem}{tail}" for tail in tails):
+            if target in written:
+                raise BenchError(
+                    f"{written[target]} and {path} would both write {target.name}: run them apart, with their own --out"
+                )
+            written[target] = path
+    for path in images:
+        if path.resolve() in written:
+            raise BenchError(f"--out {out}: {path} itself would be overwritten; name another folder")
     trained.model.to(device)
     for path in images:
-        image = decode.read_image(path).copy()
+        image = decode.read_image(path, upright=True).copy()
         arrays = predict(trained, image, device)
         pictures = {task: picture(task, array, trained.card) for task, array in arrays.items()}
         for task, drawn in pictures.items():

@@ -62,7 +62,14 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     name = job.weights_path.name if job.weights_path else spec.backbone if source == "timm" else ""
     record.provenance.weights = Weights(source=source, name=name, sha256=cell.weights.sha256)
     if spec.trial is None:
-        _measure_efficiency(cell, record, emit)
+        # The estimate comes second: it would be in a CPU's resident peak. A cell that fails has it too.
+        try:
+            _measure_efficiency(cell, record, emit)
+        except Exception:
+            with suppress(Exception):
+                _estimate(cell, record, emit)
+            raise
+        _estimate(cell, record, emit)
     if spec.steps == 0:
         return
     record.tuned = job.tuned
@@ -124,9 +131,6 @@ def _measure_efficiency(cell: _Cell, record: Record, emit: Emit) -> None:
     from bench.train.loop import Trainer
 
     spec, recipe = cell.spec, cell.spec.recipe.untuned()
-    if cell.job.estimate:
-        emit("phase", name="estimate")
-        record.estimate = estimated(spec, cell.channels)
     emit("phase", name="measure")
     accelerator = cell.accelerator()
     model = cell.model()
@@ -161,6 +165,12 @@ def _measure_efficiency(cell: _Cell, record: Record, emit: Emit) -> None:
     accelerator.free_memory()
 
 
+def _estimate(cell: _Cell, record: Record, emit: Emit) -> None:
+    if cell.job.estimate:
+        emit("phase", name="estimate")
+        record.estimate = estimated(cell.spec, cell.channels)
+
+
 def _split(cell: _Cell) -> tuple[DenseDataset, DenseDataset, int]:
     """Training and validation images, of a trial both from the training images, and the steps to train."""
     from bench.data.loader import steps_per_epoch
@@ -189,8 +199,8 @@ def _train_and_evaluate(cell: _Cell, record: Record, emit: Emit) -> None:
     from bench.data.loader import validation_batches
     from bench.data.subset import evenly_spaced
     from bench.train.evaluation import evaluate
-    from bench.train.floor import best_constants, best_maps, score_floors, sum_labels
-    from bench.train.loop import Trainer, losses_by_batch, train
+    from bench.train.floor import best_constants, best_maps, better, score_floors, sum_labels, without_foreground
+    from bench.train.loop import Trainer, train
     from bench.train.trained import save_trained
 
     job, spec = cell.job, cell.spec
@@ -200,10 +210,6 @@ def _train_and_evaluate(cell: _Cell, record: Record, emit: Emit) -> None:
     job.trained_path.unlink(missing_ok=True)  # of an earlier run of the cell
     accelerator = cell.accelerator()
     trainer = Trainer(cell.model(), recipe, spec.batch_size, total_steps, accelerator)
-    if trainer.plain_model.prepare is not None:
-        batches = losses_by_batch(trainer, train_set, spec.batch_size)
-        record.preparation = trainer.plain_model.prepare(batches)
-        batches.close()
     torch.manual_seed(spec.seed)
     progress = train(
         trainer,
@@ -220,14 +226,17 @@ def _train_and_evaluate(cell: _Cell, record: Record, emit: Emit) -> None:
     record.provenance.earlier_commits = [c for c in progress.commits if c != record.provenance.commit]
     record.provenance.earlier_code = [c for c in progress.codes if c != record.provenance.code]
     record.history, record.loader_wait, record.cosines = progress.history, progress.loader_wait, progress.cosines
+    record.preparation = progress.preparation
 
     emit("phase", name="evaluate")
     if spec.trial is None:
         fit_set = cell.samples("train", names=evenly_spaced(train_set.names, FLOOR_SAMPLES))
         fit, score = (validation_batches(d, spec.batch_size, job.workers, pin=False) for d in (fit_set, val_set))
         sums = sum_labels(fit, cell.channels)
-        floors = score_floors((best_constants(sums), best_maps(sums)), score, cell.channels)
-        record.floor, record.floor_map = map(_finite, floors)
+        constants = best_constants(sums)
+        floors = (constants, without_foreground(constants), best_maps(sums))
+        everywhere, nowhere, places = score_floors(floors, score, cell.channels)
+        record.floor, record.floor_map = map(_finite, (better(everywhere, nowhere), places))
     values, per_class = evaluate(
         trainer.model,
         val_set,

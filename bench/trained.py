@@ -12,20 +12,27 @@ from bench.data.card import Card
 from bench.errors import BenchError
 from bench.record import Record
 from bench.report.show import resolve
-from bench.spec import trained_weights
+from bench.spec import RunSpec, trained_weights
 
 if TYPE_CHECKING:
+    from methods.backbones.base import Backbone
+    from methods.backbones.load import WeightSource
     from methods.model import MultiTaskModel
 
 
 @dataclass(frozen=True)
 class Trained:
-    """`model` is in evaluation mode, on the CPU."""
+    """`model` is in evaluation mode, on the CPU; `source`: where its backbone's weights come from."""
 
     path: Path
     record: Record
     card: Card
     model: MultiTaskModel
+    source: WeightSource
+
+    def backbone(self) -> Backbone:
+        """As it was before a method touched it; in evaluation mode."""
+        return _backbone(self.record.spec, self.source).eval()
 
 
 def load(name: str, folder: Path, weights: Path | None, dataset: str | None) -> Trained:
@@ -45,10 +52,8 @@ def load(name: str, folder: Path, weights: Path | None, dataset: str | None) -> 
         raise BenchError(f"--dataset is the card {card.name}, and the record's is {spec.dataset}")
     channels = card.channels(cards.choose_tasks(card, ",".join(spec.tasks)))
 
-    import torch
-
     from bench.train.trained import load_trained
-    from methods.backbones.load import WeightSource, load_backbone, resolve_weights
+    from methods.backbones.load import WeightSource, resolve_weights
     from methods.model import Setting
     from methods.registry import parse
 
@@ -66,9 +71,16 @@ def load(name: str, folder: Path, weights: Path | None, dataset: str | None) -> 
         if weights is not None:
             raise BenchError(f"the record's backbone weights are {spec.weights}: leave --weights out")
         source = WeightSource("random") if spec.weights == "random" else resolve_weights("timm", spec.backbone)
-    torch.manual_seed(spec.seed)  # as the run did it: random backbone weights are those of the seed
-    backbone = load_backbone(spec.backbone, spec.image_size, source)
     (configured,) = parse(spec.method)
-    model = configured.build(backbone, channels, Setting(spec.protocol, spec.decoder))
+    model = configured.build(_backbone(spec, source), channels, Setting(spec.protocol, spec.decoder))
     load_trained(model, trained_weights(path), record.trained_sha256)
-    return Trained(path, record, card, model.eval())
+    return Trained(path, record, card, model.eval(), source)
+
+
+def _backbone(spec: RunSpec, source: WeightSource) -> Backbone:
+    import torch
+
+    from methods.backbones.load import load_backbone
+
+    torch.manual_seed(spec.seed)  # as the run did it: random backbone weights are those of the seed
+    return load_backbone(spec.backbone, spec.image_size, source)

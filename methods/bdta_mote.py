@@ -46,7 +46,7 @@ from methods.backbones.base import Backbone
 from methods.decoder import DECODERS, Decoder, LinearFuse, Maps
 from methods.layers.deformable_attention import ConvFFN, DeformableAttention
 from methods.model import Features, MultiTaskModel, Setting
-from methods.registry import Method, MethodError, register
+from methods.registry import Method, MethodError, at_least_one, register
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ class Options:
     form: Literal["fast", "plain"] = "fast"
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"r must be at least 1, not {self.r}")
+        at_least_one(r=self.r)
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:

@@ -40,14 +40,13 @@ from methods.layers.task_streams import (
     TaskBlock,
     TaskStreamEncoder,
     freeze_but_extras,
-    probability,
     require_open,
     stochastic_depth,
     taps_after_merging,
     with_family_decoder,
 )
 from methods.model import MultiTaskModel, Setting
-from methods.registry import Method, register
+from methods.registry import Method, probability, register
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from methods.backbones.base import Backbone
 from methods.layers.encoders import Sharing, require_blocks, selected_encoder, with_decoder
 from methods.layers.peft_layers import ATTENTION, insert_tuner, tuner_config
 from methods.model import MultiTaskModel, Setting
-from methods.registry import Method, at_least_one, register
+from methods.registry import Method, at_least_one, probability, register
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,7 @@ class Options:
 
     def __post_init__(self) -> None:
         at_least_one(rank=self.rank)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), not {self.dropout:g}")
+        probability(dropout=self.dropout)
 
 
 def build(backbone: Backbone, tasks: Mapping[str, int], options: Options, setting: Setting) -> MultiTaskModel:

@@ -41,7 +41,8 @@ class Features:
     """What an encoder hands to the decoder.
 
     task      task name -> four maps (B, C_i, H_i, W_i), finest first
-    general   the backbone's own four maps, for decoders with a mixer that looks at them
+    general   four maps that belong to no task, for decoders with a mixer that looks at them: the frozen backbone's own,
+              or those of a stream that tasks share; None where there is no such stream
     """
 
     task: dict[str, Sequence[Tensor]]

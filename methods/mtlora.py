@@ -40,14 +40,13 @@ from methods.layers.task_streams import (
     TaskBlock,
     TaskStreamEncoder,
     freeze_but_extras,
-    probability,
     require_open,
     stochastic_depth,
     taps_after_merging,
     with_family_decoder,
 )
 from methods.model import MultiTaskModel, Setting
-from methods.registry import Method, MethodError, at_least_one, register
+from methods.registry import Method, MethodError, at_least_one, probability, register
 
 
 @dataclass(frozen=True)

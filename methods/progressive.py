@@ -19,6 +19,7 @@ Count (Swin-T)  5,878,784 (published: "one-fifth" of 30.06 M).
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -124,26 +125,35 @@ class ProgressiveEncoder(nn.Module):
         return Features(features)
 
     def group_tasks(self, losses: Iterable[Mapping[str, Tensor]]) -> dict[str, Any]:
-        """Group the tasks by the gradients of their losses, one mapping of losses a batch; for the record: the
-        similarity of every two tasks, and the groups."""
+        """Group the tasks by the gradients of their losses, one mapping of losses a batch; for the record: the groups
+        and the similarity of every two tasks, None (and 0 for the groups) of two that no batch has labels of."""
         parameters = list(self.shared.parameters())
-        cosines = []
+        total, count = torch.zeros(2, len(self.tasks), len(self.tasks), dtype=torch.double)
         for of_batch in itertools.islice(losses, self.options.batches):
-            gradients = []
-            for task in self.tasks:
-                parts = torch.autograd.grad(of_batch[task], parameters, retain_graph=True, allow_unused=True)
-                gradients.append(torch.cat([p.flatten() for p in parts if p is not None]).float())
-            g = F.normalize(torch.stack(gradients), dim=1)
-            cosines.append((g @ g.T).cpu())
+            g = torch.stack([direction(of_batch[task], parameters) for task in self.tasks])
+            told = g.any(1).double().cpu()
+            total += (g @ g.T).cpu()
+            count += told.outer(told)
             del of_batch  # and with it the graph, before the next one is made
-        similarity = torch.stack(cosines).mean(0)
+        similarity = (total / count).clamp(-1, 1)
         if not self.given:
-            self.group_of_task.copy_(torch.tensor(average_linkage(similarity, self.count)))
+            self.group_of_task.copy_(torch.tensor(average_linkage(similarity.nan_to_num(0), self.count)))
             self.read_groups()
         members = [
             [task for task, group in zip(self.tasks, self.groups, strict=True) if group == g] for g in range(self.count)
         ]
-        return {"tasks": list(self.tasks), "similarity": similarity.tolist(), "groups": members}
+        known = [[None if math.isnan(value) else value for value in row] for row in similarity.tolist()]
+        return {"tasks": list(self.tasks), "similarity": known, "groups": members}
+
+
+def direction(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The loss's normalised gradient, flat and in double precision; zero where there is none, as without a label."""
+    for factor in (1, 2**-8, 2**-16, 2**-24):  # a scaled loss may overflow in half precision
+        parts = torch.autograd.grad(factor * loss, parameters, retain_graph=True, materialize_grads=True)
+        gradient = torch.cat([part.flatten() for part in parts]).double()
+        if gradient.isfinite().all():
+            return F.normalize(gradient, dim=0)
+    return torch.zeros_like(gradient)
 
 
 def average_linkage(similarity: Tensor, count: int) -> list[int]:

@@ -117,6 +117,13 @@ def at_least_one(**values: int) -> None:
             raise ValueError(f"{name} must be at least 1, not {value}")
 
 
+def probability(**values: float) -> None:
+    """For the checks of options. Raises ValueError for a value outside [0, 1)."""
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must be in [0, 1), not {value:g}")
+
+
 _METHODS: dict[str, Method] = {}
 _MODULES: dict[str, str] = {}  # the module that has entered a method or a prefix, by its name
 
@@ -239,6 +246,11 @@ def parse(text: str) -> list[Configured]:
     return list(chosen.values())
 
 
+def asks_for_all(text: str) -> bool:
+    """Whether `parse` takes every method: then those that a backbone cannot serve are left out, not refused."""
+    return "all" in _split(text)
+
+
 def _split(text: str) -> list[str]:
     """Split at commas that stand outside brackets."""
     if text.count("[") != text.count("]"):
@@ -315,6 +327,11 @@ def described(error: Exception) -> str:
     place = f" (methods/{Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
     text = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {text}{place}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def near(word: str, known: Iterable[str]) -> str:

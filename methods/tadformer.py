@@ -46,14 +46,13 @@ from methods.layers.lora import LowRank
 from methods.layers.low_rank_filter import DynamicFilter, StaticFilter
 from methods.layers.task_streams import (
     freeze_but_extras,
-    probability,
     require_open,
     stochastic_depth,
     taps_after_merging,
     with_family_decoder,
 )
 from methods.model import Features, MultiTaskModel, Setting
-from methods.registry import Method, at_least_one, register
+from methods.registry import Method, at_least_one, probability, register
 
 
 @dataclass(frozen=True)

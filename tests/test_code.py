@@ -89,6 +89,21 @@ def test_the_file_that_registers_a_method_is_known(name):
     assert f'"{name.partition(":")[0]}"' in text and ("register(" in text or "register_prefix(" in text)
 
 
+@pytest.mark.parametrize(
+    ("line", "reached"),
+    [
+        ("from . import two", "methods/two.py"),
+        ("from .two import helper", "methods/two.py"),
+        ("from .layers.deep import x", "methods/layers/deep.py"),
+        ("from .layers import deep", "methods/layers/deep.py"),
+    ],
+)
+def test_relative_imports_are_followed(tree, line, reached):
+    (tree / "methods/layers/deep.py").write_text("from .. import two\n")
+    (tree / "methods/three.py").write_text(f"{line}\n")
+    assert {tree / reached, tree / "methods/two.py"} <= code.files("three")
+
+
 def test_a_new_import_is_followed(tree):
     (tree / "methods/three.py").write_text("import methods.two\n")
     assert tree / "methods/two.py" in code.files("three")

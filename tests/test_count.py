@@ -46,6 +46,11 @@ def test_all_leaves_out_what_cannot_run():
         count.counts("mtlora", "pvt_v2_b0", "scenes", None, (64, 64))
 
 
+@pytest.mark.parametrize("text", ["all", "ours, all", "all, -mtlora", " all"])
+def test_all_is_all_wherever_it_stands(text):
+    assert "adapter" in set(count.counts(text, "pvt_v2_b0", "scenes", None, (64, 64))["method"])
+
+
 def test_a_backbone_that_cannot_take_the_size_costs_all_no_other_backbone():
     shown = invoke("--methods", "all,-ditask", "--backbone", "resnet18,dinov2_small", "--image-size", "256")
     assert shown.exit_code == 0 and "bitfit" in shown.stdout

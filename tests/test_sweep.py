@@ -11,6 +11,7 @@ import re
 import signal
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ from bench import grid, processes, resources, run, sweep
 from bench import record as records
 from bench.cli import app
 from bench.measure import code, provenance
-from bench.record import Failure
+from bench.record import Estimated, Failure
 from bench.tuning import trial
 
 STEPS = 60
@@ -435,9 +436,28 @@ def test_a_cell_without_an_estimate(tmp_path):
     assert record.status == "ok" and record.estimate is None and record.time and record.memory
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_estimate_is_no_part_of_what_is_measured(tmp_path, monkeypatch, fails):
+    """It comes after, since it would be in the resident peak; and a cell that ran out of memory has it too."""
+    given = {"methods": "decoder_only", "backbone": LITE, "weights": "random", "image_size": "32", "recipe": "smoke"}
+    (job,) = grid.jobs(None, given | {"steps": 0}, None, "cpu", None, tmp_path)
+    record, order = run.blank_record(job), []
+
+    def measure(cell, record, emit):
+        order.append("measured")
+        if fails:
+            raise MemoryError("no room")
+
+    monkeypatch.setattr(run, "_measure_efficiency", measure)
+    monkeypatch.setattr(run, "estimated", lambda spec, channels: order.append("estimated") or Estimated(peak=1))
+    with pytest.raises(MemoryError, match="no room") if fails else nullcontext():
+        run.run_cell(job, record, lambda event, **values: None)
+    assert order == ["measured", "estimated"] and record.estimate.peak == 1
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_cell_in_either_precision_of_a_cpu(precision, tmp_path):
-    """With its estimate before it, in the process of its own that a cell is."""
+    """With its estimate, in the process of its own that a cell is."""
     given = {"methods": "decoder_only", "weights": "random", "image_size": "32", "recipe": "smoke", "steps": 0}
     (job,) = grid.jobs(None, given | {"precision": precision}, None, "cpu", None, tmp_path)
     (record,) = sweep.run_all([job], Console())

@@ -15,6 +15,7 @@ from bench import export, predict, trained
 from bench import record as records
 from bench.cli import app
 from bench.data import card as cards
+from bench.data import decode
 from bench.errors import BenchError
 from bench.spec import trained_weights
 from bench.train.trained import digest, load_trained, save_trained
@@ -150,6 +151,42 @@ def test_what_is_no_image_stops_before_anything_is_written(cell, image, tmp_path
         ["predict", str(image), str(text), "--record", str(path), "--device", "cpu", "--out", str(tmp_path / "out")],
     )
     assert done.exit_code == 2 and "text.png" in done.output and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "folder", "complaint"),
+    [
+        (["room.png"], ".", "room.png itself would be overwritten; name another folder"),
+        (["room.jpg", "room.png"], "out", "would both write room.npz"),
+        (["room.jpg", "room_semseg.jpg"], "out", "would both write room_semseg.png"),
+        (["room.jpg", "room.jpg"], "out", "would both write room.npz"),
+    ],
+)
+def test_no_picture_overwrites_another(cell, tmp_path, monkeypatch, names, folder, complaint):
+    path, _ = cell()
+    for name in names:
+        Image.new("RGB", (40, 30)).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+    done = CliRunner().invoke(app, ["predict", *names, "--record", str(path), "--device", "cpu", "--out", folder])
+    assert done.exit_code == 2 and complaint in " ".join(done.output.split())
+    assert {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_photo_is_turned_as_its_camera_was(cell, tmp_path):
+    path, _ = cell()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8))
+    tag = Image.Exif()
+    tag[0x0112] = 6  # shown turned by a quarter, clockwise
+    image.save(tmp_path / "held.png", exif=tag)
+    out = tmp_path / "out"
+    arguments = ["predict", str(tmp_path / "held.png"), "--record", str(path), "--device", "cpu", "--out", str(out)]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert np.load(out / "held.npz")["semseg"].shape == (40, 30)
+    shown = np.array(Image.open(out / "held.png"))[-40:, :30]
+    np.testing.assert_array_equal(shown, np.rot90(np.array(image), -1))
+    assert decode.read_image(tmp_path / "held.png").shape == (30, 40, 3)  # as labels of a data set lie on it
 
 
 @pytest.mark.parametrize("method", ["decoder_only", "ours"])

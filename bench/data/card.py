@@ -84,6 +84,8 @@ class TaskCard(BaseModel):
         twice = next((name for name in self.classes if self.classes.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"two classes are called {twice!r}")
+        if len(self.classes) > 255:
+            raise ValueError(f"{len(self.classes)} classes; at most 255, since labels are kept in a byte")
         if self.colours and len(self.colours) != len(self.classes):
             raise ValueError(f"{len(self.colours)} colours for {len(self.classes)} classes")
         unknown = [name for name in self.parts if name not in self.classes[1:]]

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from bench.data import derived
 from bench.data.card import Keep, TaskCard
@@ -24,9 +24,11 @@ from bench.errors import BenchError, first_line
 IGNORE = 255
 
 
-def read_image(path: Path) -> np.ndarray:
-    """uint8 (H, W, 3). Raises BenchError for a file that is missing, truncated or no image."""
-    return _read_raster(path, "RGB")
+def read_image(path: Path, upright: bool = False) -> np.ndarray:
+    """uint8 (H, W, 3). `upright`: turned as a camera's tag says; the labels of data sets lie on the pixels as stored.
+
+    Raises BenchError for a file that is missing, truncated or no image."""
+    return _read_raster(path, "RGB", upright)
 
 
 def read_label(
@@ -142,10 +144,12 @@ def _kept(normals: np.ndarray, keep: Keep, path: Path) -> np.ndarray:
     return normals * np.isin(classes, keep.values)[..., None]
 
 
-def _read_raster(path: Path, mode: str | None) -> np.ndarray:
+def _read_raster(path: Path, mode: str | None, upright: bool = False) -> np.ndarray:
     try:
         with Image.open(path) as image:
             image.load()
+            if upright:
+                ImageOps.exif_transpose(image, in_place=True)
             # A palette image's values are its indices: only images proper are converted.
             return np.array(image.convert(mode) if mode else image)
     except FileNotFoundError as error:

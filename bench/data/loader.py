@@ -113,7 +113,7 @@ class DenseDataset(Dataset):
 
 
 def seeded(*numbers: int) -> torch.Generator:
-    """A generator whose stream depends on all of the numbers, and differs wherever one of them does."""
+    """A generator whose stream depends on all of the numbers; zeros at their end make no difference."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from bench.data.decode import IGNORE
 from bench.data.loader import DenseDataset
 from bench.data.preview import depth_range, draw, palette
+from bench.data.subset import evenly_spaced
 from bench.errors import BenchError
 from bench.figures.from_records import heat
 from bench.figures.style import caption, panels
@@ -27,10 +28,10 @@ GATE_IMAGES = 64  # that gating scores are averaged over
 
 
 def validation(trained: Trained, root: Path | None, count: int) -> DenseDataset:
-    """The first `count` images of the validation set that the record was evaluated on."""
+    """`count` images, evenly spread, of the validation set that the record was evaluated on."""
     spec = trained.record.spec
     found = DenseDataset(trained.card, "val", spec.tasks, spec.image_size, root, spec.limit_val, skipped=spec.skipped)
-    found.names = found.names[:: max(1, len(found.names) // count)][:count]
+    found.names = evenly_spaced(found.names, count)
     return found
 
 
@@ -120,15 +121,16 @@ def features(cell: Trained, root: Path | None, count: int) -> Figure:
     count = len(samples)
     figure, axes = panels(4 * count * (2 + len(tasks)), 1.5, 1.5 * samples.size[0] / samples.size[1], 2 + len(tasks))
     grid = np.array(axes).reshape(4 * count, -1)
+    frozen = cell.backbone()  # the method's may be adapted, and multi-task streams see little of it
     for index in range(count):
         image = samples[index]["image"]
-        found = cell.model.encoder(image[None])
+        general, found = frozen(image[None]).maps, cell.model.encoder(image[None]).task
         for stage in range(4):
             row = grid[4 * index + stage]
             if stage == 0:
                 _image(row[0], draw("image", image.numpy(), cell.card))
             row[0].axis("off")
-            maps = {"backbone": found.general[stage]} | {t: found.task[t][stage] for t in tasks}
+            maps = {"backbone": general[stage]} | {task: found[task][stage] for task in tasks}
             shades = principal([values[0] for values in maps.values()])
             for axis, name, shade in zip(row[1:], maps, shades, strict=True):
                 _image(axis, shade)
@@ -195,6 +197,3 @@ def mean_gates(cell: Trained, samples: DenseDataset) -> list[np.ndarray]:
         found = [gate[0].double() for gate in mixer.gates(general)]
         total = [a + b for a, b in zip(total, found, strict=True)] if total else found
     return [(each / len(samples)).numpy() for each in total]
-
-
-FIGURES = ("predictions", "features", "gates")

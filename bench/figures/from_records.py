@@ -232,7 +232,8 @@ def _sweep(
                           yerr=None if all(map(pd.isna, halves)) else np.nan_to_num(halves),
                           color=colour, marker=marker, ls=line, capsize=2, label=backbone)  # fmt: skip
         values = sorted({value for points in alone.values() for value, _ in points})
-        axis.set_xscale("log", base=2)
+        if values[0] > 0 and values[-1] >= 4 * values[0]:
+            axis.set_xscale("log", base=2)
         axis.set_xticks(values, [f"{value:g}" for value in values])
         axis.minorticks_off()
         axis.set_xlabel(f"{option} of {method}")
@@ -339,16 +340,16 @@ def similarity(groups: Sequence[Group], choice: Choice) -> Drawn:
     for group in groups:
         for records in group.methods():
             for record in records:
-                matrix = record.preparation.get("similarity")
-                if matrix is None:
+                if "similarity" not in record.preparation:
                     continue
                 drawn = True
-                yield f"{record.spec.hash}-s{record.spec.seed}", _similarity(group, record, np.array(matrix))
+                yield f"{record.spec.hash}-s{record.spec.seed}", _similarity(group, record)
     if not drawn:
         raise BenchError("no record holds a task similarity; progressive finds one: bench run --methods progressive")
 
 
-def _similarity(group: Group, record: Record, matrix: np.ndarray) -> Figure:
+def _similarity(group: Group, record: Record) -> Figure:
+    matrix = np.array(record.preparation["similarity"], dtype=float)  # NaN where no batch had labels of both
     names = [TASKS[task].title for task in record.preparation["tasks"]]
     figure, (axis,) = panels(1, 3.6, 3.2)
     heat(axis, matrix, names, names, -1, 1, "RdBu")

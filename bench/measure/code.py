@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import hashlib
 from functools import cache, partial
+from importlib.util import resolve_name
 from pathlib import Path
 
 from bench.resources import ROOT
@@ -44,7 +45,8 @@ def _reached(*modules: str) -> set[Path]:
         path = _file(module)
         if path is not None and path not in found:
             found.add(path)
-            left.extend(_imports(path, path.stat().st_mtime_ns))
+            package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+            left.extend(_imports(path, package, path.stat().st_mtime_ns))
     return found
 
 
@@ -56,7 +58,7 @@ def _file(module: str) -> Path | None:
 
 
 @cache
-def _imports(path: Path, changed: int) -> tuple[str, ...]:
+def _imports(path: Path, package: str, changed: int) -> tuple[str, ...]:
     """Names of modules, and of what is taken from them, which may be modules too."""
     try:
         tree = ast.parse(path.read_bytes())
@@ -66,6 +68,7 @@ def _imports(path: Path, changed: int) -> tuple[str, ...]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.ImportFrom):
+            source = resolve_name("." * node.level + (node.module or ""), package)
+            names += [source, *(f"{source}.{alias.name}" for alias in node.names)]
     return tuple(names)

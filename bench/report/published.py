@@ -116,10 +116,12 @@ def accuracy_rows(names: Collection[str], backbone: str) -> pd.DataFrame:
 
 
 def efficiency_rows(names: Collection[str], backbone: str) -> pd.DataFrame:
-    """Rows with memory and time (Table 2) for these row names, on the same backbone."""
+    """Rows with memory and time (Table 2) for these row names, on the same backbone. These do not depend on what it was
+    pre-trained on; Delta-m does, and is there for the same pre-training set alone."""
     rows = load()
     chosen = rows["row"].isin(names) & (rows["backbone"] == short_backbone(backbone)) & rows["memory_gb"].notna()
-    return rows[chosen].reset_index(drop=True)
+    found = rows[chosen].reset_index(drop=True)
+    return found.assign(delta_m=found["delta_m"].where(found["pretraining"].isin(("", pretraining(backbone)))))
 
 
 def parameters(row: str | None, backbone: str) -> float:

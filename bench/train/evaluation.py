@@ -13,7 +13,7 @@ from torch import nn
 
 from bench.data.loader import DenseDataset, labelled_parts, validation_batches
 from bench.train import metrics
-from bench.train.loop import to_device
+from bench.train.loop import DivergedError, to_device
 from methods.model import upsample_logits
 
 
@@ -28,16 +28,19 @@ def evaluate(
     report: Callable[[int, int], None],
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[float | None]]]:
     """Metrics of every task at the labels' resolution (the network's, unless the data set keeps original labels: then
-    predictions are resized to each), and IoU by class where a task has classes."""
+    predictions are resized to each), and IoU by class where a task has classes. Raises DivergedError for a model whose
+    predictions are not finite: metrics would score them all the same."""
     device = accelerator.device
     was_training = model.training
     model.eval()
     accumulators = {task: metrics.make(task, n).to(device) for task, n in channels.items()}
+    finite = {task: torch.tensor(True, device=device) for task in channels}  # read once: each reading waits for a GPU
     batches = validation_batches(dataset, batch_size, workers, device.type == "cuda")
     for index, host_batch in enumerate(batches):
         batch = to_device(host_batch, device)
         outputs = model(batch["image"])
         for task, accumulator in accumulators.items():
+            finite[task] &= outputs[task].isfinite().all()
             for images, label in labelled_parts(batch[task]):
                 logits = outputs[task][images]
                 if logits.shape[-2:] != label.shape[-2:]:
@@ -45,5 +48,8 @@ def evaluate(
                 accumulator.update(logits.float(), label)
         report(index + 1, len(batches))
     model.train(was_training)
+    bad = [task for task, of_task in finite.items() if not of_task]
+    if bad:
+        raise DivergedError(f"the predictions of {', '.join(bad)} are not finite after training")
     values = {task: accumulator.compute() for task, accumulator in accumulators.items()}
     return values, {t: a.per_class for t, a in accumulators.items() if isinstance(a, metrics.MeanIoU)}

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from bench.data.decode import IGNORE
 from bench.data.loader import labelled_parts
+from bench.tasks import TASKS
 from bench.train import metrics
 
 CERTAIN = 20.0  # a logit that no threshold exceeds
 BINARY = ("saliency", "edge")
 
+Scores = dict[str, dict[str, float]]  # task -> metric key -> value
 Sums = dict[str, tuple[Tensor, Tensor]]  # task -> labels (C, H, W) and valid labels (H, W), added up by place
 
 
@@ -48,14 +50,18 @@ def sum_labels(batches: Iterable[Mapping[str, Tensor]], channels: Mapping[str, i
 def best_constants(sums: Sums) -> dict[str, Tensor]:
     """Task -> logits (C, 1, 1) of the constant prediction that fits the training labels.
 
-    The most frequent class; foreground everywhere (nowhere scores less); the mean normal; the mean depth, which
-    minimises the RMSE.
+    The most frequent class; foreground everywhere; the mean normal; the mean depth, which minimises the RMSE.
     """
     everywhere = {t: (v.sum((1, 2), keepdim=True), n.sum()[None, None]) for t, (v, n) in sums.items()}
     return {
         task: torch.full((1, 1, 1), CERTAIN) if task in BINARY else _prediction(task, *everywhere[task])
         for task in sums
     }
+
+
+def without_foreground(constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same with foreground nowhere: it scores more where most images have none."""
+    return {task: -logits if task in BINARY else logits for task, logits in constants.items()}
 
 
 def best_maps(sums: Sums) -> dict[str, Tensor]:
@@ -78,9 +84,19 @@ def _prediction(task: str, values: Tensor, count: Tensor) -> Tensor:
     return F.one_hot(values.argmax(0), len(values)).permute(2, 0, 1).float() * CERTAIN
 
 
+def better(one: Scores, other: Scores) -> Scores:
+    """Task by task those metrics whose headline figure is the better one."""
+    chosen = {}
+    for task, metrics_of_one in one.items():
+        headline = TASKS[task].headline
+        a, b = metrics_of_one[headline.key], other[task][headline.key]
+        chosen[task] = other[task] if (b > a if headline.higher_is_better else b < a) else metrics_of_one
+    return chosen
+
+
 def score_floors(
     floors: Iterable[Mapping[str, Tensor]], batches: Iterable[Mapping[str, Tensor]], channels: Mapping[str, int]
-) -> list[dict[str, dict[str, float]]]:
+) -> list[Scores]:
     """Metrics of predictions that are the same for every image, as `evaluate` gives them for a model.
 
     A floor maps each task to logits (C, 1, 1) or (C, H, W), which are resized to the labels.

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def learning_rate(schedule: Schedule, step: int, total: int) -> float:
     warmup = schedule.warmup * total
     if step < warmup:
         return schedule.warmup_start + (1 - schedule.warmup_start) * step / warmup
-    progress = (step - warmup) / max(total - warmup, 1)
+    progress = min((step - warmup) / max(total - warmup, 1), 1.0)  # a loss scale may settle beyond the end
     if schedule.name == "constant":
         return 1.0
     remaining = {
@@ -197,6 +197,7 @@ class Progress:
     cosines: dict[str, list[float]] = field(default_factory=dict)  # "task,task" -> one a probe
     commits: list[str] = field(default_factory=list)  # of the code that trained, one after the other
     codes: list[str] = field(default_factory=list)  # its fingerprints, likewise
+    preparation: dict[str, Any] = field(default_factory=dict)  # what the method found out before it trained
 
 
 def train(
@@ -211,8 +212,9 @@ def train(
     commit: str | None = None,
     code: str | None = None,
 ) -> Progress:
-    """Train from the last checkpoint, if there is one, to the end. `report(step, total, loss)` is called as it goes;
-    `probes` times, evenly spread, the tasks' gradients are compared. `commit` and `code` name the code that trains.
+    """Train from the last checkpoint, if there is one, to the end; a method that looks at training data first does so
+    at the start. `report(step, total, loss)` is called as it goes; `probes` times, evenly spread, the tasks' gradients
+    are compared. `commit` and `code` name the code that trains.
 
     An interrupt leaves a checkpoint of the last whole step behind. Raises DivergedError.
     """
@@ -220,6 +222,9 @@ def train(
     for known, name in ((progress.commits, commit), (progress.codes, code)):
         if name and name not in known:
             known.append(name)
+    if progress.step == 0 and trainer.plain_model.prepare is not None:
+        with torch.random.fork_rng(), closing(losses_by_batch(trainer, dataset, batch_size)) as losses:
+            progress.preparation = trainer.plain_model.prepare(losses)
     total = trainer.total_steps
     log_every = max(1, total // 100)
     pin = trainer.accelerator.device.type == "cuda"
@@ -294,6 +299,10 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     }
 
 
+# Of a checkpoint's fields, those that older ones lack.
+LATER = {"cosines": dict, "commits": list, "codes": list, "preparation": dict}
+
+
 def save_checkpoint(path: Path, trainer: Trainer, progress: Progress) -> None:
     """Trained tensors, optimizer state and random state, as safetensors, written atomically."""
     tensors = {f"model/{name}": tensor for name, tensor in trainer.plain_model.trained_state().items()}
@@ -304,6 +313,7 @@ def save_checkpoint(path: Path, trainer: Trainer, progress: Progress) -> None:
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
     about = {"step": progress.step, "loader_wait": progress.loader_wait, "history": progress.history}
     about |= {"cosines": progress.cosines, "commits": progress.commits, "codes": progress.codes}
+    about |= {"preparation": progress.preparation}
     about |= {"lr": trainer.recipe.optimizer.lr}
     if trainer.accelerator.scaler is not None:
         about["scaler"] = trainer.accelerator.scaler.state_dict()
@@ -339,7 +349,7 @@ def load_checkpoint(path: Path, trainer: Trainer) -> Progress:
             torch.cuda.set_rng_state(tensors["rng/cuda"])
         if trainer.accelerator.scaler is not None and "scaler" in about:
             trainer.accelerator.scaler.load_state_dict(about["scaler"])
-        rest = about.get("cosines", {}), about.get("commits", []), about.get("codes", [])
+        rest = (about.get(name, kind()) for name, kind in LATER.items())
         return Progress(about["step"], about["loader_wait"], about["history"], *rest)
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise BenchError(f"cannot resume from {path}: {error}; delete it to start this cell anew") from error

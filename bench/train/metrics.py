@@ -54,7 +54,8 @@ class MeanIoU(Metric):
 class MaxMeanIoU(Metric):
     """Saliency: foreground IoU of each image at 15 thresholds, averaged over images; the best threshold's, percent.
 
-    An image without foreground in prediction and truth counts as 1, as in the code family. Beside it the maximal
+    An image without foreground in prediction and truth counts as 1, as in the code family; one without any label does
+    not count. Beside it the maximal
     F-measure of the saliency literature (Achanta et al., CVPR 2009): precision and recall of each image that has
     foreground, averaged over images, (1 + 0.3) P R / (0.3 P + R) at the best threshold; marking nothing is precision 0.
     """
@@ -69,16 +70,16 @@ class MaxMeanIoU(Metric):
 
     def update(self, logits: Tensor, label: Tensor) -> None:
         valid, truth = label != IGNORE, label == 1
-        true = truth.flatten(1).sum(1).double()
+        true, labelled = truth.flatten(1).sum(1).double(), valid.flatten(1).any(1)
         for i, threshold in enumerate(SALIENCY_THRESHOLDS.tolist()):
             predicted = (logits[:, 0].sigmoid() > threshold) & valid
             both = (predicted & truth).flatten(1).sum(1).double()
             either = (predicted | truth).flatten(1).sum(1).double()
-            self.total[i] += torch.where(either > 0, both / either.clamp_min(1), 1.0).sum()
+            self.total[i] += torch.where(either > 0, both / either.clamp_min(1), 1.0)[labelled].sum()
             marked = predicted.flatten(1).sum(1).double()
             self.precision[i] += (both / marked.clamp_min(1))[true > 0].sum()
             self.recall[i] += (both / true.clamp_min(1))[true > 0].sum()
-        self.images += label.shape[0]
+        self.images += labelled.sum()
         self.salient += (true > 0).sum()
 
     def compute(self) -> dict[str, float]:

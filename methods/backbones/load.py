@@ -19,7 +19,7 @@ from methods.backbones.pyramid import PyramidBackbone
 from methods.backbones.swin import SwinBackbone
 from methods.backbones.timm_import import timm
 from methods.backbones.vit import ViTBackbone
-from methods.registry import MethodError, near
+from methods.registry import MethodError, first_line, near
 
 SHORT_NAMES = {
     "swin_tiny": "swin_tiny_patch4_window7_224.ms_in1k",
@@ -132,7 +132,7 @@ def load_backbone(name: str, image_size: tuple[int, int], weights: WeightSource)
     try:
         model = timm.create_model(name, pretrained=pretrained, features_only=True)
     except (RuntimeError, AttributeError, AssertionError, TypeError) as error:
-        raise MethodError(f"backbone {name} cannot serve as a feature pyramid: {_first_line(error)}") from error
+        raise MethodError(f"backbone {name} cannot serve as a feature pyramid: {first_line(error)}") from error
     if weights.path:
         _load_file(model, weights.path, name)
     try:
@@ -141,7 +141,7 @@ def load_backbone(name: str, image_size: tuple[int, int], weights: WeightSource)
         if isinstance(error, MethodError):
             raise
         raise MethodError(
-            f"backbone {name} cannot take images of {image_size[0]}x{image_size[1]}: {_first_line(error)}"
+            f"backbone {name} cannot take images of {image_size[0]}x{image_size[1]}: {first_line(error)}"
         ) from error
 
 
@@ -213,7 +213,3 @@ def _flattened(key: str, wanted: dict[str, torch.Tensor]) -> str:
     top, _, rest = key.partition(".")
     second, _, tail = rest.partition(".")
     return f"{top}_{second}.{tail}" if f"{top}_{second}.{tail}" in wanted else key
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -10,7 +10,7 @@ import torch
 
 import methods.backbones.torchvision_import  # noqa: F401  peft imports transformers, which imports torchvision
 from methods.backbones.base import Backbone
-from methods.registry import MethodError, near
+from methods.registry import MethodError, first_line, near
 
 ATTENTION = r".*\.attn\.(qkv|q|kv)"
 BLOCK = r".*\.(attn\.(qkv|q|kv|proj)|mlp\.(fc1|fc2))"
@@ -59,7 +59,7 @@ def tuner_config(name: str, targets: str, rank: int = 0, **values: Any) -> Any:
     try:
         return kind(target_modules=targets, **values)
     except (ValueError, TypeError, ImportError) as error:
-        raise MethodError(f"peft:{name} cannot be set up: {_first_line(error)}") from error
+        raise MethodError(f"peft:{name} cannot be set up: {first_line(error)}") from error
 
 
 def insert_tuner(backbone: Backbone, config: Any) -> None:
@@ -76,10 +76,6 @@ def insert_tuner(backbone: Backbone, config: Any) -> None:
             warnings.simplefilter("ignore")  # about saving and merging, which nothing here does
             get_peft_model(backbone, config)  # in place; the wrapper adds nothing that is needed here
     except Exception as error:  # forty tuners by many hands: what they raise is no closed list
-        raise MethodError(f"peft's {kind} cannot run on {backbone.name}: {_first_line(error)}") from error
+        raise MethodError(f"peft's {kind} cannot run on {backbone.name}: {first_line(error)}") from error
     for parameter in trained:
         parameter.requires_grad_(True)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -183,10 +183,3 @@ def stochastic_depth(backbone: OpenTransformer, rate: float) -> Iterator[float]:
     """Drop rates of the blocks in order, growing linearly from 0 to `rate`."""
     last = max(sum(backbone.depths) - 1, 1)
     return (rate * index / last for index in range(last + 1))
-
-
-def probability(**values: float) -> None:
-    """For the checks of options. Raises ValueError for a value outside [0, 1)."""
-    for name, value in values.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"{name} must be in [0, 1), not {value:g}")

@@ -69,6 +69,15 @@ def test_a_task_with_classes_needs_two_of_them(tmp_path, task, classes):
     assert "at least two 'classes'" in refusal(tmp_path, tasks=tasks)
 
 
+def test_labels_fit_into_a_byte_beside_the_one_for_no_label(tmp_path):
+    def task(count):
+        return {"tasks": {"semseg": {"path": "seg/{id}.png", "classes": [f"class {i}" for i in range(count)]}}}
+
+    assert "256 classes; at most 255" in refusal(tmp_path, **task(256))
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(GOOD | task(255)))
+    assert cards.load(str(tmp_path / "own.yaml")).channels(("semseg",)) == {"semseg": 255}
+
+
 def test_an_unknown_task_is_refused_with_a_near_miss(tmp_path):
     message = refusal(tmp_path, tasks={"semsge": {"path": "a/{id}.png"}})
     assert "unknown task 'semsge' (did you mean 'semseg'?)" in message

@@ -42,7 +42,7 @@ def cell(tmp_path):
         path = make(
             tmp_path, method, TASKS, backbone="resnet18.a1_in1k", weights="random", image_size=SIZE, limit_val=3
         )
-        return Trained(path, read(path), card, model.eval())
+        return Trained(path, read(path), card, model.eval(), WeightSource("random"))
 
     return make_cell
 
@@ -96,6 +96,18 @@ def test_records_of_other_tasks_are_no_one_picture(cell):
         from_models.predictions([ours, other], None, 1)
 
 
-def test_features_have_a_column_a_task_and_a_row_a_stage(cell):
-    figure = from_models.features(cell("ours"), None, 1)
+@pytest.mark.parametrize("method", ["ours", "single_task_full", "multi_task_full"])
+def test_features_have_a_column_a_task_and_a_row_a_stage(cell, monkeypatch, method):
+    """The first column is of the backbone as it was, whatever the method has made of its own."""
+    seen = []
+    principal = from_models.principal
+    monkeypatch.setattr(from_models, "principal", lambda maps: seen.append(maps) or principal(maps))
+    trained = cell(method)
+    figure = from_models.features(trained, None, 1)
     assert len([axis for axis in figure.axes if axis.images]) == 4 * 4 + 1
+    torch.manual_seed(0)
+    frozen = load_backbone("resnet18.a1_in1k", SIZE, WeightSource("random")).eval()
+    with torch.no_grad():
+        expected = frozen(from_models.validation(trained, None, 1)[0]["image"][None]).maps
+    for (first, *_), stage in zip(seen, expected, strict=True):
+        torch.testing.assert_close(first, stage[0])

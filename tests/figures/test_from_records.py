@@ -121,6 +121,20 @@ def test_a_sweep_draws_an_options_values_in_order_a_line_a_backbone(tmp_path):
         drawn("sweep", tmp_path, option="rho")
 
 
+@pytest.mark.parametrize(("values", "scale"), [((2, 4, 8), "log"), ((0, 0.1, 0.2), "linear"), ((0.1, 0.2), "linear")])
+def test_values_of_a_sweep_have_room(tmp_path, values, scale):
+    """A zero has no logarithm, and neighbours need none."""
+    make(tmp_path, "single_task_full", FOUR)
+    for value in values:
+        path = make(tmp_path, f"lora[dropout={value}]", FOUR | {"semseg": 80.0 + value})
+        path.write_text(path.read_text().replace('"options": {}', f'"options": {{"dropout": {value}}}'))
+    (figure,) = drawn("sweep", tmp_path, option="dropout")
+    axis = figure.axes[0]
+    assert axis.get_xscale() == scale and axis.get_xticks().tolist() == list(values)
+    places = [axis.transData.transform((value, 0))[0] for value in values]
+    assert all(b - a > 20 for a, b in itertools.pairwise(places))
+
+
 def test_ablation_sets_backbones_side_by_side(tmp_path):
     small = "swin_small_patch4_window7_224.ms_in1k"
     for backbone, value in ((None, 77.0), (small, 84.0)):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -237,6 +240,57 @@ def test_progressive_groups_by_gradients(build):
     assert similarity[0, 2].item() == pytest.approx(3 / 10**0.5, abs=0.02)
     assert similarity[1, 3].item() == pytest.approx(1 / 2**0.5, abs=0.02)
     assert similarity[0, 3].item() == pytest.approx(-1 / 2**0.5, abs=0.02)
+
+
+def test_a_batch_without_a_tasks_label_says_nothing_of_it(build):
+    """Semseg and human parts pull alike; human parts have labels in every second batch, saliency in none."""
+    found = {}
+    for every in (1, 2):
+        model = build("progressive[groups=2,batches=4]")
+        shared = list(model.encoder.shared.parameters())
+
+        def losses(shared=shared, every=every):
+            generator = torch.Generator().manual_seed(0)
+            for batch in itertools.count():
+                pull = [torch.randn(p.shape, generator=generator) for p in shared]
+                loss = sum((p * w).sum() for p, w in zip(shared, pull, strict=True))
+                labelled = batch % every == 0
+                yield {"semseg": loss, "human_parts": 2 * loss * labelled, "saliency": 0 * loss, "normals": -loss}
+
+        found[every] = model.prepare(losses())
+        alike = found[every]["similarity"]
+        assert [alike[0][1], alike[0][3], alike[1][1]] == pytest.approx([1, -1, 1])
+        assert alike[2] == [None] * 4 and alike[0][2] is None
+    assert found[1]["groups"] == found[2]["groups"] and found[2]["groups"][0][:2] == ["semseg", "human_parts"]
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e30])
+def test_gradients_that_overflow_are_taken_of_a_smaller_loss(build, size):
+    """As under fp16, whose losses are scaled: a gradient of 1e39 and more is none in single precision."""
+    model = build("progressive[groups=2]")
+    shared = list(model.encoder.shared.parameters())
+    ones = sum(p.sum() for p in shared)
+    losses = {"semseg": ones * size * 1e8, "human_parts": 3 * ones, "saliency": -ones, "normals": ones * math.inf}
+    found = model.prepare([losses])
+    assert found["similarity"][0][1] == pytest.approx(1) and found["similarity"][0][2] == pytest.approx(-1)
+    assert found["similarity"][0][3] is None
+
+
+def test_parallel_gradients_make_groups(build):
+    """Rounding must not take a cosine beyond one."""
+    model = build("progressive[groups=2,batches=9]")
+    shared = list(model.encoder.shared.parameters())
+    tasks = ("semseg", "human_parts", "saliency", "normals")
+
+    def losses():
+        generator = torch.Generator().manual_seed(0)
+        while True:
+            pull = [torch.rand(p.shape, generator=generator) for p in shared]
+            loss = sum((p * w).sum() for p, w in zip(shared, pull, strict=True))
+            yield {task: loss * (i + 1) / 3 for i, task in enumerate(tasks)}
+
+    found = model.prepare(losses())
+    assert max(max(row) for row in found["similarity"]) <= 1 and len(found["groups"]) == 2
 
 
 def test_given_groups_stay(build):

@@ -384,6 +384,11 @@ def test_published_rows_only_of_measured_methods_and_marked(tmp_path):
 def test_published_rows_follow_backbone_and_pretraining(tmp_path):
     make(tmp_path / "22k", "ours", backbone="swin_tiny_patch4_window7_224.ms_in22k")
     assert printed(tables.accuracy_table(only(tmp_path / "22k"))).loc["Ours", "SemSeg mIoU (%) ↑"] == 76.19
+    # Table 2 has no row of 22k: memory and time hold for it too, Delta-m does not.
+    row = printed(tables.efficiency_table(only(tmp_path / "22k"))).loc["Ours"]
+    assert row["published memory (GB, as printed)"] == 9.92 and pd.isna(row["Delta-m (%)"])
+    make(tmp_path / "1k", "ours")
+    assert printed(tables.efficiency_table(only(tmp_path / "1k"))).loc["Ours", "Delta-m (%)"] == 8.7
     make(tmp_path / "base", "ours", backbone="swin_base_patch4_window7_224.ms_in1k")
     assert printed(tables.accuracy_table(only(tmp_path / "base"))).empty
     assert printed(tables.efficiency_table(only(tmp_path / "base"))).loc["Ours", "#TP (M)"] == 4.13

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.data.decode import IGNORE
-from bench.train.floor import best_constants, best_maps, score_floors, sum_labels
+from bench.train.floor import best_constants, best_maps, better, score_floors, sum_labels, without_foreground
 
 CHANNELS = {"semseg": 3, "saliency": 1, "normals": 3, "depth": 1}
 UP, LEFT, NONE = [0, -1, 0], [-1, 0, 0], [0, 0, 0]
@@ -44,15 +44,21 @@ def test_constants_are_fitted_on_one_set_and_scored_on_another():
     assert scores["depth"]["rmse"] == pytest.approx(((1 + 1 + 4) / 3) ** 0.5)
 
 
-def test_no_constant_saliency_beats_foreground_everywhere():
+@pytest.mark.parametrize(("empty", "expected"), [(0, 25), (1, 50), (9, 90)])
+def test_no_constant_saliency_beats_the_floor(empty, expected):
+    """One image with an object on a quarter of it, and images without: nothing everywhere is right on those."""
     val = batch_of([0] * 4, [1, 0, 0, 0], [[0, 0, -1]] * 4, [1] * 4)
+    val = {key: torch.cat([value] * (empty + 1)) for key, value in val.items()}
+    val["saliency"][1:] = 0
     constants = best_constants(sum_labels([val], CHANNELS))
     others = [
         score(constants | {"saliency": torch.full((1, 1, 1), logit)}, val)["saliency"]["max_mIoU"]
         for logit in (-20.0, -1.0, 0.0, 1.0)
     ]
-    best = score(constants, val)["saliency"]["max_mIoU"]
-    assert best == 25 and best >= max(others)
+    everywhere, nowhere = score_floors([constants, without_foreground(constants)], [val], CHANNELS)
+    best = better(everywhere, nowhere)
+    assert best["saliency"]["max_mIoU"] == pytest.approx(expected) and expected >= max(others) - 1e-9
+    assert best["semseg"] == everywhere["semseg"] and best["depth"] == everywhere["depth"]
 
 
 def test_maps_are_fitted_place_by_place():

@@ -111,6 +111,13 @@ def test_schedules(settings, expected):
     assert [learning_rate(Schedule(**settings), step, 4) for step in range(4)] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("name", ["linear", "cosine", "poly"])
+def test_beyond_its_end_a_schedule_stays_where_it_ended(name):
+    """fp16's loss scale may need more steps to settle than a measurement has."""
+    schedule = Schedule(name=name, final=0.25)
+    assert [learning_rate(schedule, step, 2) for step in (2, 3, 30)] == pytest.approx([0.25] * 3)
+
+
 def test_a_run_of_one_step_has_a_rate():
     for name in ("constant", "linear", "cosine", "poly"):
         assert learning_rate(Schedule(name=name), 0, 1) == 1
@@ -401,6 +408,33 @@ def test_resumed_is_uninterrupted(trainer, dataset, tmp_path, no_escape, express
     assert_same(values(second), values(whole))
 
 
+def test_what_was_found_before_training_is_what_a_resumed_run_trains_with(trainer, dataset, tmp_path, monkeypatch):
+    """And it is not looked for again: on a GPU the gradients would differ a little, and with them the groups."""
+    path = tmp_path / "checkpoint.safetensors"
+    first, second = (trainer("progressive[groups=2]") for _ in range(2))
+    torch.manual_seed(5)
+    with pytest.raises(KeyboardInterrupt):
+        run(first, dataset, path, interrupt)
+    monkeypatch.setattr(second.plain_model, "prepare", lambda losses: pytest.fail("looked for again"))
+    resumed = run(second, dataset, path)
+    order = [
+        next(g for g, members in enumerate(resumed.preparation["groups"]) if task in members)
+        for task in resumed.preparation["tasks"]
+    ]
+    assert second.plain_model.encoder.groups == first.plain_model.encoder.groups == order
+
+
+def test_looking_at_data_first_takes_no_random_numbers(trainer, dataset, tmp_path, monkeypatch):
+    given = "progressive[groups=semseg+human_parts-saliency+normals]"
+    first, second = trainer(given), trainer(given)
+    monkeypatch.setattr(second.plain_model, "prepare", None)
+    histories = []
+    for each in (first, second):
+        torch.manual_seed(5)
+        histories.append(run(each, dataset, tmp_path / str(len(histories))).history)
+    assert histories[0] == histories[1]
+
+
 def test_the_code_of_both_parts_of_a_resumed_run_is_known(trainer, dataset, tmp_path):
     def at_once(step, total, loss):
         raise KeyboardInterrupt
@@ -527,6 +561,16 @@ def test_evaluation_leaves_the_model_as_it_was(trainer, card, tasks):
         evaluate(runner.model, val, tasks, 2, 0, runner.accelerator, lambda *args: None)
         assert runner.model.training == training
     assert_same(values(runner), before)
+
+
+def test_a_model_that_predicts_nothing_finite_has_no_figures(trainer, card, tasks):
+    """The last update may be the one that diverges: no loss is taken after it."""
+    runner = trainer()
+    val = DenseDataset(card, "val", tuple(tasks), SIZE, limit=3)
+    with torch.no_grad():
+        next(p for n, p in runner.model.named_parameters() if p.requires_grad and "semseg" in n).fill_(math.inf)
+    with pytest.raises(DivergedError, match="predictions of semseg are not finite after training"):
+        evaluate(runner.model, val, tasks, 2, 0, runner.accelerator, lambda *args: None)
 
 
 def test_evaluation_scores_the_models_own_outputs(trainer, card, tasks):

@@ -224,6 +224,13 @@ def test_saliency_of_an_empty_image_found_empty_counts_as_one():
     assert marked([0.1, 0.1], [0, 1]).compute()["max_mIoU"] == 0
 
 
+def test_saliency_without_any_label_does_not_count():
+    metric = marked([0.95, 0.1], [1, 1])
+    alone = metric.compute()
+    metric.update(torch.zeros(2, 1, 1, 2), torch.full((2, 1, 2), 255.0))
+    assert metric.compute() == alone and alone["max_mIoU"] == 50
+
+
 def test_saliency_of_no_image():
     assert math.isnan(MaxMeanIoU().compute()["max_mIoU"])
 
