@@ -213,6 +213,13 @@ def _card(settings: Settings, recipe: recipes.Recipe) -> tuple[Card, tuple[str, 
     unweighted = [task for task in tasks if task not in recipe.loss_weights]
     if unweighted:
         raise BenchError(f"recipe {settings.recipe} has no loss weight for {', '.join(unweighted)}")
+    if recipe.augment.border == "background":
+        first = next((c for task in tasks if (c := card.tasks[task].classes[:1]) not in ((), ("background",))), None)
+        if first:
+            raise BenchError(
+                f"recipe {settings.recipe} takes what lies outside an image for background (border), and class 0 of "
+                f"{card.name} is {first[0]!r}; use border: ignore"
+            )
     return card, tasks
 
 
