@@ -108,6 +108,7 @@ def model_card(trained: Trained, worst: dict[str, float], which: str) -> str:
     classes = {task: trained.card.tasks[task].classes for task in spec.tasks if trained.card.tasks[task].classes}
     provenance = record.provenance
     commit = f", commit {provenance.commit}" if provenance and provenance.commit else ""
+    commit += " and changes to it" if provenance and provenance.dirty else ""
     lines += [
         "\n".join(rows),
         "## Files",

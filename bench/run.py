@@ -251,7 +251,7 @@ def _train_and_evaluate(cell: _Cell, record: Record, emit: Emit) -> None:
         task: dict(zip(cell.card.tasks[task].classes, values, strict=True)) for task, values in per_class.items()
     }
     if job.keep_weights:
-        record.trained_sha256 = save_trained(trainer.plain_model, job.trained_path)
+        record.trained_sha256 = save_trained(trainer.plain_model, job.trained_path, spec.image_size)
 
 
 def finished_model(spec: RunSpec, channels: Mapping[str, int], backbone: Backbone) -> MultiTaskModel:

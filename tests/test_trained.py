@@ -49,7 +49,7 @@ def cell(tmp_path):
         spec = {"backbone": "resnet18.a1_in1k", "weights": "random", "image_size": SIZE, "protocol": "equal"} | changes
         path = make(tmp_path / "runs", method, FIGURES, **spec)
         record = json.loads(path.read_text())
-        record["trained_sha256"] = save_trained(model, trained_weights(path))
+        record["trained_sha256"] = save_trained(model, trained_weights(path), SIZE)
         path.write_text(json.dumps(record))
         return path, model.eval()
 
@@ -110,11 +110,30 @@ def test_weights_that_are_not_the_records_are_refused(cell, tmp_path, wrong):
         if wrong == "damaged":
             weights.write_bytes(weights.read_bytes()[:1000])
         else:
-            save_trained(build("ours"), weights)
+            save_trained(build("ours"), weights, SIZE)
         record = json.loads(path.read_text()) | {"trained_sha256": digest(weights)}
         path.write_text(json.dumps(record))
     with pytest.raises(BenchError, match=expected):
         trained.load(str(path), tmp_path, None, None)
+
+
+def test_weights_are_of_no_use_to_other_code(cell, tmp_path, monkeypatch):
+    """What a method's file computes may change, and its parameters stay."""
+    path, _ = cell("ours")
+    trained.load(str(path), tmp_path, None, None)
+    monkeypatch.setattr(torch.nn.functional, "gelu", lambda x: x * torch.sigmoid(1.702 * x))  # as good as the same
+    trained.load(str(path), tmp_path, None, None)
+    monkeypatch.setattr(torch.nn.functional, "gelu", torch.tanh)
+    with pytest.raises(BenchError, match=r"answers otherwise than when it was trained \(.*semseg by \d+%.*its code"):
+        trained.load(str(path), tmp_path, None, None)
+
+
+def test_weights_from_before_answers_were_kept_still_load(cell, tmp_path):
+    path, model = cell()
+    weights = trained_weights(path)
+    save_file(load_file(weights), weights)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"trained_sha256": digest(weights)}))
+    trained.load(str(path), tmp_path, None, None)
 
 
 def test_cells_without_a_trained_model_say_so(tmp_path):
@@ -128,6 +147,7 @@ def test_cells_without_a_trained_model_say_so(tmp_path):
 
 def test_the_backbones_file_must_be_the_one_that_was_used(cell, tmp_path):
     weights = tmp_path / "w.safetensors"
+    torch.manual_seed(0)  # those that `cell` builds on
     save_file(load_backbone("resnet18.a1_in1k", SIZE, WeightSource("random")).model.state_dict(), weights)
     path, _ = cell(weights=f"file:{digest(weights)}")
     with pytest.raises(BenchError, match="came from a file .* name it with --weights"):

@@ -1,25 +1,40 @@
-"""The trained part of a model on disk, beside its record: what training changed, as safetensors."""
+"""The trained part of a model on disk, beside its record: what training changed, as safetensors.
+
+With it goes what the model said to a fixed input: a method's code may change after it was trained, and other code takes
+the same weights without a word.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from bench.errors import BenchError
 from methods.model import MultiTaskModel
 
+GRID = 4  # places to a side at which answers are kept
+TOLERANCE = 0.05  # of a task's largest answer: devices and precisions differ by less, other code by more
 
-def save_trained(model: MultiTaskModel, path: Path) -> str:
-    """Write it atomically and return the file's SHA-256. Raises BenchError where that cannot be done."""
+
+def save_trained(model: MultiTaskModel, path: Path, size: tuple[int, int]) -> str:
+    """Write it atomically and return the file's SHA-256; `size` (height, width) is that of the images it was trained on.
+
+    Raises BenchError where that cannot be done.
+    """
     temporary = path.with_suffix(".partial")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.trained_state().items()}
+    about = {"size": size, "answers": _answers(model, size)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary)
+        save_file(tensors, temporary, {"bench": json.dumps(about)})
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise BenchError(f"cannot write {path}: {error}; --no-keep-weights does without") from error
@@ -27,7 +42,8 @@ def save_trained(model: MultiTaskModel, path: Path) -> str:
 
 
 def load_trained(model: MultiTaskModel, path: Path, sha256: str) -> None:
-    """Put it into the same model, built anew. Raises BenchError for another file or another model."""
+    """Put it into the same model, built anew. Raises BenchError for another file, another model, or one that answers
+    differently than the trained one did."""
     if not path.is_file() or not sha256:
         raise BenchError(
             f"no trained weights {path.name} beside the record: it was written before they were kept, or with "
@@ -37,8 +53,36 @@ def load_trained(model: MultiTaskModel, path: Path, sha256: str) -> None:
         raise BenchError(f"{path} is not the file that its record names (SHA-256 differs); train the cell again")
     try:
         model.load_trained_state(load_file(path))
+        with safe_open(path, "pt") as file:
+            about: dict[str, Any] = json.loads((file.metadata() or {}).get("bench", "{}"))
     except (OSError, SafetensorError, ValueError) as error:
         raise BenchError(f"cannot load {path}: {error}") from error
+    if about:  # in files from before there are none
+        _compare(about["answers"], _answers(model, about["size"]), path)
+
+
+def _compare(before: dict[str, list[float]], now: dict[str, list[float]], path: Path) -> None:
+    worst = {}
+    for task, values in before.items():
+        then, found = torch.tensor(values), torch.tensor(now[task])
+        worst[task] = ((then - found).abs().max() / then.abs().max().clamp_min(1e-12)).item()
+    bad = {task: value for task, value in worst.items() if not value <= TOLERANCE}
+    if bad:
+        told = ", ".join(f"{task} by {value:.0%}" for task, value in bad.items())
+        raise BenchError(
+            f"the model answers otherwise than when it was trained ({told}): its code, or a library, has changed since "
+            f"{path.name} was written; go back to the commit that the record names, or train the cell again"
+        )
+
+
+@torch.inference_mode()
+def _answers(model: MultiTaskModel, size: tuple[int, int]) -> dict[str, list[float]]:
+    """Task -> mean logits by place of a fixed image of noise."""
+    was_training, device = model.training, next(model.parameters()).device
+    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
+    outputs = model.eval()(image)
+    model.train(was_training)
+    return {task: F.adaptive_avg_pool2d(out.float(), GRID).flatten().tolist() for task, out in outputs.items()}
 
 
 def digest(path: Path) -> str:
