@@ -164,6 +164,9 @@ def run(
         _warn_random(console)
     folder = "" if out == Path("runs") else f" {out}"
     console.print(f"{len(results) - len(bad)} of {len(results)} cells ok; `bench report{folder}` prints the tables")
+    traced = next((result for result in bad if result.failure and result.failure.traceback), None)
+    if traced:
+        console.print(f"`bench show {traced.path(out).stem}{folder}` shows where the first of them failed")
     if bad:
         raise typer.Exit(1)
 
@@ -354,6 +357,8 @@ def estimate(
         print(estimate.markdown(table))
     else:
         estimate.show(table, Console())
+    if estimate.REASON in table:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -408,9 +413,10 @@ def profile(
         heading = profiles.heading(backbone, image_size, None, precision, memory, place)
         max_batch.show(found, heading, place, limit, console)
         return
+    failed: list[str] = []
     found = profiles.profile(
         methods, backbone, dataset, tasks, protocol, recipe, image_size, batch_size, precision, memory, place, rounds,
-        Console(stderr=True), operators > 0,
+        Console(stderr=True), operators > 0, lambda line: (errors.print(escape(line)), failed.append(line)),
     )  # fmt: skip
     table = profiles.figures(found, reference)
     if save:
@@ -419,6 +425,8 @@ def profile(
     profiles.show(table, heading, rounds, console)
     if operators:
         profiles.show_operators(found, operators, bool(place.name), console)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -546,7 +554,11 @@ def _print_cells(jobs: list, console: Console) -> None:
                 "device": spec.device,
                 "seed": str(spec.seed),
                 "hash": spec.hash,
-                "state": known.status.replace("_", " ") if known else "new",
+                "state": known.status.replace("_", " ")
+                if known
+                else "begun"
+                if job.checkpoint_path.is_file()
+                else "new",
             }
         )
     always = ("method", "seed", "hash", "state")

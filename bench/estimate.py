@@ -226,8 +226,10 @@ def notes(found: pd.DataFrame) -> list[str]:
     out = [
         "Memory in GiB: weights and buffers, the peak of live tensors while a full training step is in each phase (in "
         "CUDA's blocks of 512 bytes), and the highest. Not in it: workspaces inside kernels, fragmentation, the CUDA "
-        "context. GFLOP of one step: matrix products, convolutions and attention."
+        "context."
     ]
+    if LARGEST not in found:
+        out[0] += " GFLOP of one step: matrix products, convolutions and attention."
     if REASON in found:
         out += [f"{row[METHOD]}: {row[REASON]}" for row in found.to_dict("records") if pd.notna(row[REASON])]
     return out
@@ -239,10 +241,8 @@ def show(found: pd.DataFrame, console: Console) -> None:
         written = cells(rows)
         if _width(written) > console.width:
             written = written[[column for column in written if not column.startswith("GFLOP")]]
-        out = Table(
-            title=escape(title(rows)), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
-            pad_edge=False, show_edge=False,
-        )  # fmt: skip
+        console.print(escape(title(rows)), style="italic", highlight=False)
+        out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
         for column in written:
             if column == METHOD:
                 out.add_column(column, overflow="fold", min_width=min(14, written[METHOD].str.len().max()))

@@ -3,9 +3,11 @@ model by torch.export."""
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +16,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from bench.data import decode, scenes
-from bench.errors import BenchError, first_line
+from bench.errors import BenchError
 from bench.predict import network_input
 from bench.record import write_atomically
 from bench.spec import trained_weights
 from bench.tasks import TASKS
 from bench.trained import Trained
+from methods.registry import described
 
 TOLERANCE = 1e-3  # of the largest output of a task
 
@@ -38,10 +41,11 @@ def export(trained: Trained, out: Path, images: Sequence[Path], console: Console
     shutil.copyfile(trained.path, out / "record.json")
     shutil.copyfile(trained_weights(trained.path), trained_weights(out / "record.json"))
     try:
-        with torch.no_grad():
+        # Of a model that it cannot trace, torch prints the whole graph beside the error.
+        with torch.no_grad(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             program = torch.export.export(model, (samples[:1],), strict=False)
     except Exception as error:  # whatever of a method torch.export does not know
-        raise BenchError(f"{spec.method} cannot be exported: {type(error).__name__}: {first_line(error)}") from error
+        raise BenchError(f"{spec.method} cannot be exported: {described(error)}") from error
     path = out / "model.pt2"
     torch.export.save(program, path)
     try:

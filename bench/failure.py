@@ -6,7 +6,7 @@ import traceback
 
 from bench.errors import BenchError, first_line
 from bench.record import Failure, Status
-from methods.registry import MethodError
+from methods.registry import MethodError, place
 
 
 def classify(error: BaseException) -> tuple[Status, Failure]:
@@ -30,4 +30,4 @@ def classify(error: BaseException) -> tuple[Status, Failure]:
     if isinstance(error, (BenchError, MethodError)):
         # From a loader's worker process the message comes wrapped in that process's traceback.
         return "failed", Failure(kind=kind, message=text.splitlines()[-1].removeprefix("bench.errors.BenchError: "))
-    return "failed", Failure(kind=kind, message=first_line(error), traceback=trace)
+    return "failed", Failure(kind=kind, message=first_line(error) + place(error), traceback=trace)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bench import recipe as recipes
 from bench import yamlfile
@@ -27,6 +27,19 @@ from bench.measure import gpu_state, provenance
 from bench.spec import EvalSize, Job, MemoryUse, Precision, Protocol, RunSpec
 
 Positive = Annotated[int, Field(gt=0)]
+# Options of `bench run` that no suite has.
+OF_THIS_MACHINE = (
+    "data-root",
+    "device",
+    "workers",
+    "cache",
+    "out",
+    "fresh",
+    "retry",
+    "shared-gpu",
+    "dry-run",
+    "no-estimate",
+)
 DECODERS = ("segformer", "hrnet", "highres")
 
 
@@ -56,6 +69,15 @@ class Settings(BaseModel):
     eval_size: str = "network"
     skip_bad: bool = False
     shuffle_labels: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_suite(cls, given: Any) -> Any:
+        for key in given if isinstance(given, dict) else ():
+            option = str(key).replace("_", "-")
+            if option in OF_THIS_MACHINE:
+                raise ValueError(f"{key} is of one machine or one run: give --{option} to `bench run`")
+        return given
 
 
 class Suite(BaseModel):

@@ -66,8 +66,10 @@ def profile(
     rounds: int,
     console: Console,
     with_operators: bool = False,
+    tell: Callable[[str], None] = print,
 ) -> list[Profile]:
-    """One profile a method, then that of the frozen backbone's forward. Raises BenchError or MethodError."""
+    """One profile a method, then that of the frozen backbone's forward. A method whose first step fails is left out,
+    and `tell` hears of it. Raises BenchError or MethodError."""
     one_of("protocol", protocol, get_args(Protocol))
     one_of("precision", precision, get_args(Precision))
     one_of("memory", memory, get_args(MemoryUse))
@@ -87,7 +89,7 @@ def profile(
     from bench.train.loop import Trainer
     from methods.backbones.load import WeightSource, full_name, load_backbone
     from methods.build import build_model
-    from methods.registry import parse
+    from methods.registry import described, parse
 
     mixed = precision if precision in ("bf16", "fp16") else "no"
     if place.name:
@@ -100,9 +102,14 @@ def profile(
         accelerator = Accelerator(mixed_precision=mixed, cpu=not place.name)  # a loss scale of its own
         trainers[method.expression] = Trainer(model, chosen, batch_size, rounds + 1, accelerator)
     batch = synthetic_batch(channels, size, batch_size, accelerator.device)
-    if precision == "fp16":
-        for trainer in trainers.values():
-            settle(trainer, batch)
+    for name in list(trainers):
+        try:
+            settle(trainers[name], batch)
+        except Exception as error:  # whatever a method's own code does, the others are measured
+            del trainers[name]
+            tell(f"left out: {name}: {described(error)}")
+    if not trainers:
+        raise BenchError("none of the methods took a step")
     frozen = load_backbone(full_name(backbone), size, WeightSource("random")).to(accelerator.device).eval()
 
     def forward() -> None:

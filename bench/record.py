@@ -92,6 +92,12 @@ class Provenance(Part):
     started: str = ""  # ISO 8601, UTC
     seconds: float | None = None  # of the process that wrote the record, the last one of a resumed cell
 
+    @property
+    def busy(self) -> bool:
+        """Whether others kept this CPU busy: its times say little. One above the cores, because the cell before in the
+        same sweep is still in the average."""
+        return self.device == "cpu" and (self.load_before or 0) > self.cores + 1
+
     def commits(self) -> list[str]:
         """Of all code that had a part in it."""
         return [*self.earlier_commits, *([self.commit] if self.commit else [])]

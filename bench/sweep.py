@@ -217,8 +217,11 @@ def _whence(job: Job) -> str:
     about = _checkpoint(job)
     told = f" from step {about['step']}" if "step" in about else ""
     if about.get("codes") != [code.fingerprint(job.spec.method)]:
-        commits = ", ".join(commit[:8] for commit in about.get("commits", ()))
-        told += f", trained by other code{f' (commit {commits})' if commits else ''}: --fresh starts anew"
+        interrupted = None
+        with suppress(BenchError):
+            interrupted = records.read(job.record_path)
+        other = (_other_code(interrupted) if interrupted else "") or "other code"
+        told += f", trained by {other}: --fresh starts anew"
     return told
 
 

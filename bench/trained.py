@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench import record as records
+from bench import resources
 from bench.data import card as cards
 from bench.data.card import Card
 from bench.errors import BenchError
@@ -47,6 +48,8 @@ def load(name: str, folder: Path, weights: Path | None, dataset: str | None) -> 
     if spec.steps == 0 or record.status != "ok":
         state = "was not trained" if spec.steps == 0 else f"has the status {record.status.replace('_', ' ')}"
         raise BenchError(f"{path}: this cell {state}: it has no trained model")
+    if dataset is None and spec.dataset not in resources.names("datasets"):
+        raise BenchError(f"the record's data set {spec.dataset} is a card of your own: name its file with --dataset")
     card = cards.load(dataset or spec.dataset)
     if card.name != spec.dataset:
         raise BenchError(f"--dataset is the card {card.name}, and the record's is {spec.dataset}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -51,7 +52,11 @@ def load(path: Path, model: type[M]) -> M:
     except ValidationError as error:
         # A misspelt key is also a missing one: the misspelling is what the user wants to hear of.
         first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-        raise BenchError(f"{path}:{_line(tree, first['loc'])}: {describe(first, model)}") from error
+        told = describe(first, model)
+        # What several keys have to do with each other is checked at the top, and named at the beginning of the message.
+        named = re.match(r"([\w.]+):? ", told)
+        loc = first["loc"] or (tuple(named[1].split(".")) if named else ())
+        raise BenchError(f"{path}:{_line(tree, loc)}: {told}") from error
 
 
 def describe(error: dict, model: type[BaseModel]) -> str:
@@ -62,6 +67,8 @@ def describe(error: dict, model: type[BaseModel]) -> str:
         hint = did_you_mean(str(error["loc"][-1]), known)
         expected = f"; expected one of: {', '.join(known)}" if known else ""
         return f"unknown key {where!r}{hint}{expected}"
+    if error["type"] == "missing" and isinstance(error["loc"][-1], int):
+        return f"{where.rpartition('.')[0]}: too few values"
     if error["type"] == "missing":
         return f"missing key {where!r}"
     message = error["msg"].removeprefix("Value error, ")

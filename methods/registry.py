@@ -322,11 +322,15 @@ def described(error: Exception) -> str:
     """Kind, first line and place of an exception, on one line."""
     if isinstance(error, SyntaxError) and error.filename:  # no frame is in the file that could not be read
         return f"{type(error).__name__}: {error.msg} ({Path(error.filename).name}, line {error.lineno})"
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "methods" in Path(frame.filename).parts] or frames
-    place = f" (methods/{Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
     text = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {text}{place}"
+    return f"{type(error).__name__}: {text}{place(error)}"
+
+
+def place(error: BaseException) -> str:
+    """Where in a method's own code an exception came from: ' (methods/FILE, line N)', or ''."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).parent.name == "methods"]
+    return f" (methods/{Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -421,6 +421,21 @@ def test_a_dry_run_prints_the_cells_and_writes_nothing():
     assert not list(Path().iterdir())
 
 
+def test_a_dry_run_tells_what_was_begun():
+    args = ("run", "--methods", "ours", *SMALL, "--dry-run", "--out", "kept")
+    (job,) = grid.jobs(
+        None,
+        {"methods": "ours", "recipe": "smoke", "image_size": 32, "weights": "random"},
+        None,
+        "cpu",
+        None,
+        Path("kept"),
+    )
+    job.checkpoint_path.parent.mkdir(parents=True)
+    job.checkpoint_path.write_bytes(b"")
+    assert "begun" in bench(*args).stdout
+
+
 @pytest.mark.parametrize("suite", resources.names("suites"))
 def test_every_suite_runs_dry(suite):
     scenes = () if load_suite(suite).settings.dataset == "scenes" else ("--dataset", "scenes")  # no files are needed

@@ -204,6 +204,18 @@ def test_a_step_that_fails_on_fakes_is_no_crash():
         estimate(build, SIZE, RECIPE, 2)
 
 
+def test_a_method_that_reads_values_is_told_so(build, capfd):
+    model = build("decoder_only", size=SIZE)
+    whole = model.forward
+    model.forward = lambda image, **how: whole(image * image.mean().item(), **how)
+    with pytest.raises(BenchError, match="has no result without values: the method reads a tensor's value"):
+        estimate(lambda: model, SIZE, RECIPE, 2)
+    model.forward = lambda image, **how: whole(image + image[..., :3], **how)
+    with pytest.raises(BenchError, match="^no estimate: RuntimeError: .*broadcast"):
+        estimate(lambda: model, SIZE, RECIPE, 2)
+    assert capfd.readouterr().err == ""  # torch would print a log of it
+
+
 def test_casts_of_weights_are_forgotten_after_each_recomputation(build):
     def low():
         model = build("multi_task_full", size=(128, 128))
@@ -406,4 +418,4 @@ def test_a_method_without_an_estimate_is_a_row_with_its_reason(monkeypatch):
 
     monkeypatch.setattr("bench.measure.estimate.estimate", fail)
     done = invoke("--methods", "decoder_only", "--image-size", "64")
-    assert done.exit_code == 0 and "decoder_only: no estimate: aten.odd" in " ".join(done.output.split())
+    assert done.exit_code == 1 and "decoder_only: no estimate: aten.odd" in " ".join(done.output.split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 import time
@@ -22,6 +23,7 @@ from bench.measure import operators as measured
 from bench.measure.operators import Operator, operators
 from bench.measure.profile import Clock
 from bench.profile import FLOOR, Profile
+from methods import decoder_only, registry
 
 
 class World:
@@ -102,6 +104,22 @@ def test_the_verb(tmp_path):
 def test_bad_input_is_one_line(options, expected):
     done = CliRunner().invoke(app, ["profile", *options])
     assert done.exit_code == 2 and expected in " ".join(done.output.split()) and "Traceback" not in done.output
+
+
+def test_a_method_that_fails_is_left_out_and_the_others_are_measured(monkeypatch):
+    def build(*arguments):
+        model = decoder_only.build(*arguments)
+        model.encoder.forward = lambda image: image[:, :7] + image[..., :3]
+        return model
+
+    broken = dataclasses.replace(registry.get("decoder_only"), name="broken", build=build)
+    monkeypatch.setitem(registry._METHODS, "broken", broken)
+    small = ("--image-size", "32", "--batch-size", "1", "--rounds", "1", "--device", "cpu")
+    done = CliRunner().invoke(app, ["profile", "--methods", "broken,decoder_only", *small])
+    assert done.exit_code == 1 and "left out: broken: RuntimeError: The size of tensor" in " ".join(done.output.split())
+    assert FLOOR in done.output and "Traceback" not in done.output
+    done = CliRunner().invoke(app, ["profile", "--methods", "broken", *small])
+    assert done.exit_code == 2 and "none of the methods took a step" in done.output
 
 
 def test_a_step_is_as_long_as_its_phases_on_a_real_model():

@@ -128,6 +128,21 @@ def test_weights_are_of_no_use_to_other_code(cell, tmp_path, monkeypatch):
         trained.load(str(path), tmp_path, None, None)
 
 
+def test_a_card_of_ones_own_must_be_named(cell, tmp_path):
+    path, _ = cell(dataset="street")
+    with pytest.raises(BenchError, match="data set street is a card of your own: name its file with --dataset"):
+        trained.load(str(path), tmp_path, None, None)
+
+
+def test_the_card_of_an_export_tells_of_changes_beyond_the_commit(cell, tmp_path):
+    path, _ = cell()
+    record = json.loads(path.read_text())
+    record["provenance"] |= {"commit": "a" * 40, "dirty": True}
+    path.write_text(json.dumps(record))
+    loaded = trained.load(str(path), tmp_path, None, None)
+    assert f"commit {'a' * 40} and changes to it" in export.model_card(loaded, {"semseg": 0.0}, "one image")
+
+
 def test_weights_from_before_answers_were_kept_still_load(cell, tmp_path):
     path, model = cell()
     weights = trained_weights(path)

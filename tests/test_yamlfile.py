@@ -106,6 +106,26 @@ def test_a_wrong_value_names_its_line_and_key(tmp_path, old, new, line, key):
     assert complaint(tmp_path, RECIPE.replace(old, new)).startswith(f":{line}: {key}")
 
 
+@pytest.mark.parametrize(
+    "old, new, line, key",
+    [
+        ('image: "{id}.jpg"', 'image: "{idd}.jpg"', 4, "image: "),
+        ('    path: "{id}.npy"', '    path: "depth.npy"', 10, "tasks.depth.path: "),
+        ("  train: train.txt\n", "", 5, "splits lacks train"),
+        ("  val: val.txt", "  val: 3", 7, "splits.val must be"),
+        ("image_size: [32, 32]", "image_size: [32]", 3, "image_size: too few values"),
+    ],
+)
+def test_what_only_the_whole_card_shows_names_its_line_too(tmp_path, old, new, line, key):
+    assert complaint(tmp_path, CARD.replace(old, new), Card).startswith(f":{line}: {key}")
+
+
+@pytest.mark.parametrize("key", ["data_root", "data-root", "device", "out"])
+def test_a_suite_is_of_no_machine(tmp_path, key):
+    message = complaint(tmp_path, f"title: A suite\nsettings:\n  methods: ours\n  {key}: x\n", grid.Suite)
+    assert f"{key} is of one machine or one run: give --{key.replace('_', '-')} to `bench run`" in message
+
+
 def test_a_learning_rate_without_a_point_is_still_a_number(tmp_path):
     (tmp_path / "a.yaml").write_text(RECIPE.replace("lr: 0.1", "lr: 4e-4"))  # YAML 1.1 reads this as text
     assert yamlfile.load(tmp_path / "a.yaml", Recipe).optimizer.lr == 4e-4

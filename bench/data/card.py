@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from bench import yamlfile
+from bench import resources, yamlfile
 from bench.data import scenes
 from bench.errors import BenchError, did_you_mean
 from bench.tasks import TASKS
@@ -188,8 +188,15 @@ def _check_pattern(key: str, pattern: str) -> None:
 
 
 def load(name: str) -> Card:
-    """A built-in card by name, or a YAML file by path."""
-    return yamlfile.load(yamlfile.find("datasets", name), Card)
+    """A built-in card by name, or a YAML file by path. Raises BenchError for a file that cannot be told from a built-in
+    card by its name."""
+    path = yamlfile.find("datasets", name)
+    card = yamlfile.load(path, Card)
+    if card.name in resources.names("datasets"):
+        own = yamlfile.find("datasets", card.name)
+        if not own.samefile(path) and yamlfile.load(own, Card) != card:
+            raise BenchError(f"{path}: {card.name!r} is the name of a built-in card, and this is another: rename it")
+    return card
 
 
 def ids(card: Card, split: Literal["train", "val"], root: Path | None) -> list[str]:

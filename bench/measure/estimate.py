@@ -7,6 +7,7 @@ kernels, fragmentation, the CUDA context.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
-from bench.errors import BenchError, first_line
+from bench.errors import BenchError
 from bench.measure.cuda_like import LikeCUDA
 from bench.measure.live import LiveBytes
 from bench.measure.profile import predict, synthetic_batch
@@ -30,7 +31,7 @@ from bench.recipe import Recipe
 from bench.spec import Precision
 from bench.train.loop import PHASES, Trainer
 from methods.model import MultiTaskModel
-from methods.registry import MethodError
+from methods.registry import MethodError, described, place
 
 CUDA_GRANULE = 512  # bytes
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -92,14 +93,28 @@ def estimate(
             trainer = Trainer(model, recipe, batch_size, 2, _NoAccelerator())
             trainer.losses_together = losses_together
             batch = synthetic_batch(model.tasks, size, batch_size, torch.device("cpu"))
-            with _as_on_cuda(trainer, AUTOCAST.get(precision)) if cuda else nullcontext():
+            with _quiet(), _as_on_cuda(trainer, AUTOCAST.get(precision)) if cuda else nullcontext():
                 return step_bytes(trainer, batch, _FakeBytes(CUDA_GRANULE if cuda else 1))
     except MethodError:
         raise
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
-        raise BenchError(f"no estimate: {error.func} has no result without values") from error
+        read = error.func is torch.ops.aten._local_scalar_dense.default
+        why = ": the method reads a tensor's value, as .item() does" if read else ""
+        raise BenchError(f"no estimate: {error.func} has no result without values{why}{place(error)}") from error
     except Exception as error:  # whatever else a method does that shapes alone cannot answer
-        raise BenchError(f"no estimate: {type(error).__name__}: {first_line(error)}") from error
+        raise BenchError(f"no estimate: {described(error)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's own log of an operator that failed: the exception says it all."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class _NoAccelerator:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -149,7 +149,10 @@ def _time(name: str, one: Sequence[Record], other: Sequence[Record], thresholds:
     yield from _lost(name, "seconds a batch", bool(samples[0]), bool(samples[1]))
     if all(samples):
         medians = [statistics.median(each) for each in samples]
-        yield _relative(name, "seconds a batch", *medians, thresholds.time, _noise_of_medians(*samples), False)
+        found = _relative(name, "seconds a batch", *medians, thresholds.time, _noise_of_medians(*samples), False)
+        if found.verdict != "same" and any(r.provenance and r.provenance.busy for r in (*one, *other)):
+            found = replace(found, verdict="noise", why="measured on a busy machine")
+        yield found
 
 
 def _noise_of_medians(a: Sequence[float], b: Sequence[float]) -> float:

@@ -249,6 +249,7 @@ def _group(setting: str, place: Place, members: Sequence[Found], any_device: boo
 def _title(members: Sequence[Found], device: str, weights: str) -> str:
     spec = members[0].record.spec
     length = f"{spec.epochs} epochs" if spec.steps is None else f"{spec.steps} steps" if spec.steps else "not trained"
+    whole = bool(spec.steps != 0 and spec.limit_train and spec.limit_train < spec.batch_size)
     return " · ".join(filter(None, (
         spec.dataset,
         f"data {spec.data_fingerprint[:8]}" if spec.data_fingerprint else "",
@@ -264,7 +265,7 @@ def _title(members: Sequence[Found], device: str, weights: str) -> str:
         f"{len(spec.skipped)} unreadable skipped" if spec.skipped else "",
         f"{spec.image_size[0]}x{spec.image_size[1]}",
         "evaluated at original size" if spec.eval_size == "original" else "",
-        f"batch {spec.batch_size}",
+        f"batch {spec.batch_size}" + (f" (trained on all {spec.limit_train} images at once)" if whole else ""),
         spec.precision,
         "cudnn.benchmark" if spec.cudnn_benchmark else "",
         "activation checkpointing" if spec.memory == "low" else "",
@@ -292,14 +293,23 @@ def _drift(found: Sequence[Found], times: bool = True) -> list[str]:
     """Warnings for records that ran on different software, which does not keep them apart; and for their times."""
     seen = [item.record.provenance for item in found if item.record.provenance]
     torch = sorted({p.packages["torch"] for p in seen if "torch" in p.packages})
-    # One above the cores: the cell before in the same sweep is still in the average.
     busy = dict.fromkeys(
         f"{item.record.spec.method} (load {p.load_before:.1f} on {p.cores} cores)"
         for item in found
-        if (p := item.record.provenance) and p.device == "cpu" and (p.load_before or 0) > p.cores + 1
+        if (p := item.record.provenance) and p.busy
     )
     tried = [each for item in found if item.record.tuned for each in item.record.tuned.tried]
     commits = sorted({c[:10] for made in (*(p.commits() for p in seen), *(t.commits for t in tried)) for c in made})
+    codes: dict[str, set[str]] = {}  # method -> code; that of another method differs anyway
+    for item in found:
+        if (p := item.record.provenance) and p.code:
+            codes.setdefault(item.record.method.name, set()).update((p.code, *p.earlier_code))
+    changed = [name for name, each in codes.items() if len(each) > 1]
+    in_parts = [
+        f"{item.record.spec.method} (seed {item.record.spec.seed})"
+        for item in found
+        if item.record.provenance and item.record.provenance.earlier_code
+    ]
     threads: dict[int, dict[str, None]] = {}  # number of them -> methods
     for item in found:
         if (p := item.record.provenance) and p.device == "cpu" and p.threads:
@@ -316,6 +326,12 @@ def _drift(found: Sequence[Found], times: bool = True) -> list[str]:
     return [
         *([f"rows ran on different torch versions: {', '.join(torch)}"] if len(torch) > 1 else []),
         *([f"rows come from different commits: {', '.join(commits)}"] if len(commits) > 1 else []),
+        *(
+            [f"rows or seeds of {', '.join(changed)} come from different code: --fresh runs them anew"]
+            if changed
+            else []
+        ),
+        *([f"rows were trained in part by other code, before an interrupt: {', '.join(in_parts)}"] if in_parts else []),
         *(of_times if times else []),
         *(["some rows come from a working tree with uncommitted changes"] if any(p.dirty for p in seen) else []),
     ]

@@ -25,7 +25,7 @@ TOLERANCE = 0.05  # of a task's largest answer: devices and precisions differ by
 
 
 def save_trained(model: MultiTaskModel, path: Path, size: tuple[int, int]) -> str:
-    """Write it atomically and return the file's SHA-256; `size` (height, width) is that of the images it was trained on.
+    """Write it atomically and return the file's SHA-256; `size`: (height, width) of the images it was trained on.
 
     Raises BenchError where that cannot be done.
     """

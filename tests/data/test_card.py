@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bench import resources
 from bench.data import card as cards
 from bench.data.card import Card
 from bench.errors import BenchError
@@ -76,6 +77,15 @@ def test_labels_fit_into_a_byte_beside_the_one_for_no_label(tmp_path):
     assert "256 classes; at most 255" in refusal(tmp_path, **task(256))
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(GOOD | task(255)))
     assert cards.load(str(tmp_path / "own.yaml")).channels(("semseg",)) == {"semseg": 255}
+
+
+def test_a_built_in_cards_name_is_taken(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(GOOD | {"name": "scenes"}))
+    with pytest.raises(BenchError, match="'scenes' is the name of a built-in card, and this is another: rename it"):
+        cards.load(str(path))
+    path.write_text((resources.folder("datasets") / "nyud_v2.yaml").read_text())  # a copy is none
+    assert cards.load(str(path)) == cards.load("nyud_v2")
 
 
 def test_an_unknown_task_is_refused_with_a_near_miss(tmp_path):

@@ -651,6 +651,39 @@ def test_mixed_rows_have_no_best_and_say_that_commits_differ(tmp_path):
     assert "**" not in (tmp_path / "report" / "report.md").read_text().partition("### Table 1")[2]
 
 
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ({"ours[r=2]": ("a", ()), "ours[r=8]": ("b", ())}, ["rows or seeds of ours come from different code"]),
+        ({"ours[r=2]": ("a", ()), "mtlora": ("b", ())}, []),  # methods have files of their own
+        ({"ours[r=2]": ("a", ()), "ours[r=8]": (None, ())}, []),  # from before there were fingerprints
+        (
+            {"ours": ("a", ("b",)), "mtlora": ("c", ())},
+            [
+                "rows or seeds of ours come from different code",
+                "in part by other code, before an interrupt: ours (seed 0)",
+            ],
+        ),
+    ],
+)
+def test_rows_of_one_method_by_different_code_are_marked(tmp_path, codes, expected):
+    for method, (code, earlier) in codes.items():
+        path = make(tmp_path, method)
+        record = json.loads(path.read_text())
+        record["provenance"] |= {"code": code, "earlier_code": earlier}
+        path.write_text(json.dumps(record))
+    shown = " ".join(report(tmp_path, width=200).split())
+    assert all(mark in shown for mark in expected)
+    assert ("different code" in shown) == bool(expected)
+
+
+def test_a_batch_larger_than_the_limited_set_is_in_the_title(tmp_path):
+    make(tmp_path / "small", limit_train=4)
+    assert "batch 8 (trained on all 4 images at once)" in only(tmp_path / "small").title
+    make(tmp_path / "large", limit_train=8)
+    assert "batch 8 · " in only(tmp_path / "large").title
+
+
 def test_latex_numbers_tables_itself_and_has_true_minus_signs(tmp_path):
     make(tmp_path, "single_task_full", {"semseg": 50.0})
     make(tmp_path, "ours", {"semseg": 40.0})
