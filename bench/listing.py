@@ -46,7 +46,7 @@ def _methods() -> typing.Iterator[tuple[str, ...]]:
         title = f"{prefix.title} · single-task PEFT"
         yield f"{prefix.prefix}:NAME", title, _dim(prefix.citation), _options(prefix.options)
     for problem in broken():
-        yield "", f"[red]{escape(problem)}[/red]"
+        yield "[red]broken[/red]", f"[red]{escape(problem)}[/red]"
 
 
 def _options(kind: type) -> str:

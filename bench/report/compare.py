@@ -56,7 +56,10 @@ def cells(folder: Path) -> tuple[Cells, list[Change]]:
     readable, problems = collect(folder)
     for item in readable:
         spec = item.record.spec
-        parts = (spec.method, spec.backbone, spec.dataset, spec.protocol, spec.precision, spec.device, spec.hash)
+        length = f"{spec.epochs} epochs" if spec.steps is None else f"{spec.steps} steps"
+        size = f"{'x'.join(map(str, spec.image_size))}, batch {spec.batch_size}"
+        about = (spec.dataset, spec.protocol, size, length, spec.precision, spec.device)
+        parts = (spec.method, spec.backbone, *about, spec.hash)
         name = " · ".join(parts)
         found.setdefault((spec.hash, name), []).append(item.record)
     return found, [Change(str(folder), "record", None, None, None, "unreadable", problem) for problem in problems]
