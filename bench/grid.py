@@ -102,6 +102,7 @@ class Data:
     limit_train: int | None
     limit_val: int | None
     skipped: tuple[str, ...] = ()
+    changed: float = 0.0  # seconds of the clock at which the newest of the files was written
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,7 @@ def jobs(
                     keep_weights=keep_weights,
                     probes=probes,
                     estimate=estimate,
+                    data_changed=data.changed,
                 )
             )
     return cells
@@ -270,7 +272,8 @@ def _data(
     skipped: tuple[str, ...] = ()
     if card.source == "files" and (read or settings.skip_bad):
         names, skipped = _usable(card, cards.require_root(card, root), names, tasks, settings, choose, tell)
-    sizes = [size for chosen in names.values() for size in cards.check_files(card, root, chosen, tasks)]
+    files = [stat for chosen in names.values() for stat in cards.check_files(card, root, chosen, tasks)]
+    sizes = [stat.st_size for stat in files]
     batch = settings.batch_size or recipe.batch_size
     if batch > len(names["train"]):
         tell(f"warning: batches are of all {len(names['train'])} training images, not of {batch}")
@@ -281,6 +284,7 @@ def _data(
         None if whole["train"] else limits["train"],
         None if whole["val"] else limits["val"],
         skipped,
+        max((stat.st_mtime for stat in files), default=0.0),
     )
 
 

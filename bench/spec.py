@@ -142,6 +142,7 @@ class Job(BaseModel):
     tuned: Tuned | None = None  # what the trials of a recipe that tunes have shown
     keep_weights: bool = True  # what training changed, beside the record
     probes: int = 0  # how often in all to compare the tasks' gradients
+    data_changed: float = 0.0  # seconds of the clock at which the newest of its data files was written
     estimate: bool = True  # predict the cell's memory beside what is measured
 
     @property

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -292,6 +293,17 @@ def test_skip_bad_puts_another_image_in_the_place_of_a_bad_one(own):
     (job,) = grid.jobs(None, given, own, "cpu", 0, Path("runs"))
     data = DenseDataset(cards.load("own.yaml"), "train", ("semseg",), (32, 32), own, 1, skipped=job.spec.skipped)
     assert job.spec.skipped == ("a",) and data.names == ["b"]
+
+
+def test_a_kept_cell_says_that_its_data_were_written_later(own):
+    """A corrected label as large as the old one is the same cell by its name."""
+    run = (*OWN, "--data-root", own, "--steps", "1")
+    assert bench(*run).exit_code == 0
+    again = bench(*run).stdout
+    assert "kept" in again and "data files" not in again
+    later = time.time() + 60
+    os.utime(own / "b-seg.png", (later, later))
+    assert "before some of its data files were written: --fresh runs it again" in bench(*run).stdout
 
 
 def test_what_is_trained_and_validated_on_is_warned_about(own):

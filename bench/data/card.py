@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import string
 from collections.abc import Sequence
 from pathlib import Path
@@ -263,8 +264,8 @@ def files_of(card: Card, root: Path, name: str, tasks: Sequence[str]) -> list[Pa
     return files
 
 
-def check_files(card: Card, root: Path | None, names: list[str], tasks: tuple[str, ...]) -> list[int]:
-    """The sizes in bytes of all files in use. Raises BenchError naming the first one that is not there."""
+def check_files(card: Card, root: Path | None, names: list[str], tasks: tuple[str, ...]) -> list[os.stat_result]:
+    """What the system knows of all files in use. Raises BenchError naming the first one that is not there."""
     if card.source != "files":
         return []
     folder = require_root(card, root)
@@ -273,7 +274,7 @@ def check_files(card: Card, root: Path | None, names: list[str], tasks: tuple[st
     if missing:
         more = f" and {len(missing) - 1} more files" if len(missing) > 1 else ""
         raise BenchError(f"{card.name}: missing {missing[0]}{more}")
-    return [file.stat().st_size for file in files]
+    return [file.stat() for file in files]
 
 
 def fingerprint(card: Card, train: list[str], val: list[str], tasks: tuple[str, ...], sizes: Sequence[int] = ()) -> str:
