@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from bench import resources
 from bench.data import decode, scenes
 from bench.errors import BenchError
 from bench.predict import network_input
@@ -121,7 +122,8 @@ def model_card(trained: Trained, worst: dict[str, float], which: str) -> str:
         "`torch.export.load('model.pt2').module()` runs it without this project.",
         "- `record.json`: every setting, what it was run on and all figures.",
         "- `record.trained.safetensors`: what training changed; `bench predict IMAGE --record record.json` puts it on "
-        f"the backbone{' (its checkpoint: `--weights`)' if spec.weights.startswith('file:') else ''}.",
+        f"the backbone{' (its checkpoint: `--weights`)' if spec.weights.startswith('file:') else ''}"
+        f"{'' if spec.dataset in resources.names('datasets') else ' (the data set: `--dataset CARD`)'}.",
         f"Exported against PyTorch on {which}: largest differences, relative to the largest output: "
         + ", ".join(f"{task} {value:.1e}" for task, value in worst.items())
         + ".",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from bench import recipe as recipes
 from bench import yamlfile
@@ -28,18 +28,10 @@ from bench.spec import EvalSize, Job, MemoryUse, Precision, Protocol, RunSpec
 
 Positive = Annotated[int, Field(gt=0)]
 # Options of `bench run` that no suite has.
-OF_THIS_MACHINE = (
-    "data-root",
-    "device",
-    "workers",
-    "cache",
-    "out",
-    "fresh",
-    "retry",
-    "shared-gpu",
-    "dry-run",
-    "no-estimate",
-)
+OF_ONE_RUN = (
+    "cache", "data-root", "device", "dry-run", "estimate", "no-estimate", "fresh", "keep-weights", "no-keep-weights",
+    "out", "probe-gradients", "retry", "shared-gpu", "workers",
+)  # fmt: skip
 DECODERS = ("segformer", "hrnet", "highres")
 
 
@@ -70,14 +62,11 @@ class Settings(BaseModel):
     skip_bad: bool = False
     shuffle_labels: bool = False
 
-    @model_validator(mode="before")
-    @classmethod
-    def _of_a_suite(cls, given: Any) -> Any:
-        for key in given if isinstance(given, dict) else ():
-            option = str(key).replace("_", "-")
-            if option in OF_THIS_MACHINE:
-                raise ValueError(f"{key} is of one machine or one run: give --{option} to `bench run`")
-        return given
+    @staticmethod
+    def elsewhere(key: str) -> str:
+        """Where an option of `bench run` belongs that is no setting; "" for what is no option."""
+        option = key.replace("_", "-")
+        return f"is of one machine or one run: give --{option} to `bench run`" if option in OF_ONE_RUN else ""
 
 
 class Suite(BaseModel):
@@ -233,16 +222,18 @@ def _settings(suite: str | None, given: Mapping[str, Any]) -> Settings:
 def _card(settings: Settings, recipe: recipes.Recipe) -> tuple[Card, tuple[str, ...]]:
     """The dataset's card and the tasks that are trained."""
     card = cards.load(settings.dataset)
+    cards.require_own_name(card)
     tasks = cards.choose_tasks(card, settings.tasks)
     unweighted = [task for task in tasks if task not in recipe.loss_weights]
     if unweighted:
         raise BenchError(f"recipe {settings.recipe} has no loss weight for {', '.join(unweighted)}")
-    if recipe.augment.border == "background":
-        first = next((c for task in tasks if (c := card.tasks[task].classes[:1]) not in ((), ("background",))), None)
-        if first:
+    if recipe.augment.border == "background" and (recipe.augment.rotate or recipe.augment.scale[0] < 1):
+        firsts = [classes[0] for task in tasks if (classes := card.tasks[task].classes)]
+        first = next((name for name in firsts if name.casefold().strip("_") not in ("background", "bg")), None)
+        if first is not None:
             raise BenchError(
                 f"recipe {settings.recipe} takes what lies outside an image for background (border), and class 0 of "
-                f"{card.name} is {first[0]!r}; use border: ignore"
+                f"{card.name} is {first!r}; use border: ignore"
             )
     return card, tasks
 

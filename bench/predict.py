@@ -83,20 +83,22 @@ def run(trained: Trained, images: Sequence[Path], out: Path, device: torch.devic
     """
     if out.exists() and not out.is_dir():
         raise BenchError(f"--out {out} is a file; name a folder")
-    written: dict[Path, Path] = {}  # what will be, by which image
+    if len(set(images)) < len(images):
+        raise BenchError(f"{next(path for path in images if images.count(path) > 1)} is named twice")
+    written: dict[str, Path] = {}  # what will be, by which image; some file systems take a.PNG for a.png
     for path in images:
         if path.is_dir():
             raise BenchError(f"{path} is a folder; name image files, e.g. {path}/*.jpg")
-        decode.read_image(path)
+        decode.read_image(path, upright=True)
         tails = (".npz", ".png", *(f"_{task}.png" for task in trained.record.spec.tasks))
         for target in (out.resolve() / f"{path.stem}{tail}" for tail in tails):
-            if target in written:
+            other = written.setdefault(str(target).casefold(), path)
+            if other != path:
                 raise BenchError(
-                    f"{written[target]} and {path} would both write {target.name}: run them apart, with their own --out"
+                    f"{other} and {path} would both write {target.name}: run them apart, with their own --out"
                 )
-            written[target] = path
     for path in images:
-        if path.resolve() in written:
+        if str(path.resolve()).casefold() in written:
             raise BenchError(f"--out {out}: {path} itself would be overwritten; name another folder")
     trained.model.to(device)
     for path in images:

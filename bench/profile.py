@@ -110,6 +110,7 @@ def profile(
             tell(f"left out: {name}: {described(error)}")
     if not trainers:
         raise BenchError("none of the methods took a step")
+    accelerator = next(iter(trainers.values())).accelerator  # not of one that was left out: its model is to go
     frozen = load_backbone(full_name(backbone), size, WeightSource("random")).to(accelerator.device).eval()
 
     def forward() -> None:

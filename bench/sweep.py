@@ -218,11 +218,13 @@ def _whence(job: Job) -> str:
     about = _checkpoint(job)
     told = f" from step {about['step']}" if "step" in about else ""
     if about.get("codes") != [code.fingerprint(job.spec.method)]:
-        interrupted = None
+        commits = about.get("commits", [])
+        last = None
         with suppress(BenchError):
-            interrupted = records.read(job.record_path)
-        other = (_other_code(interrupted) if interrupted else "") or "other code"
-        told += f", trained by {other}: --fresh starts anew"
+            last = records.read(job.record_path).provenance
+        changed = " and changes to it" if last and last.dirty and [last.commit] == commits[-1:] else ""
+        other = f" (commit {', '.join(commit[:8] for commit in commits)}{changed})" if commits else ""
+        told += f", trained by other code{other}: --fresh starts anew"
     return told
 
 

@@ -60,10 +60,15 @@ def load(path: Path, model: type[M]) -> M:
 
 
 def describe(error: dict, model: type[BaseModel]) -> str:
-    """One line for a pydantic error: which key, what was expected, and a near miss for a misspelt key."""
+    """One line for a pydantic error: which key, what was expected, and a near miss for a misspelt key; or where a key
+    belongs that is none of a model's, which its `elsewhere` may say."""
     where = ".".join(str(part) for part in error["loc"] if part != "[key]")  # pydantic's mark for a mapping's key
     if error["type"] == "extra_forbidden":
-        known = _fields(model, error["loc"][:-1])
+        inner = _model_at(model, error["loc"][:-1])
+        known = list(inner.model_fields) if inner else []
+        advice = getattr(inner, "elsewhere", lambda key: "")(str(error["loc"][-1]))
+        if advice:
+            return f"{where}: {advice}"
         hint = did_you_mean(str(error["loc"][-1]), known)
         expected = f"; expected one of: {', '.join(known)}" if known else ""
         return f"unknown key {where!r}{hint}{expected}"
@@ -75,13 +80,12 @@ def describe(error: dict, model: type[BaseModel]) -> str:
     return f"{where}: {message}" if where else message
 
 
-def _fields(model: type[BaseModel], loc: tuple) -> list[str]:
-    """Field names of the model that the key path `loc` leads to, through mappings, lists and optional values."""
+def _model_at(model: type[BaseModel], loc: tuple) -> type[BaseModel] | None:
+    """The model that the key path `loc` leads to, through mappings, lists and optional values."""
     current: Any = model
     for part in loc:
         current = _step(current, part)
-    inner = next((kind for kind in (current, *get_args(current)) if _is_model(kind)), None)
-    return list(inner.model_fields) if inner else []
+    return next((kind for kind in (current, *get_args(current)) if _is_model(kind)), None)
 
 
 def _step(annotation: Any, part: str | int) -> Any:

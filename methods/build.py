@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
+
+from torch import nn
 
 from methods.backbones.load import full_name, load_backbone, resolve_weights
 from methods.layers.checkpointing import checkpoint_activations
 from methods.model import MultiTaskModel, Setting
-from methods.registry import Configured, MethodError, parse
+from methods.registry import Configured, MethodError, near, parse
+
+Protocol = Literal["published", "equal"]
+DecoderName = Literal["segformer", "hrnet", "highres"]
+Memory = Literal["default", "low"]
 
 
 def build_model(
@@ -18,15 +24,15 @@ def build_model(
     tasks: Mapping[str, int],
     image_size: tuple[int, int] = (224, 224),
     weights: str = "auto",
-    protocol: Literal["published", "equal"] = "published",
-    decoder: Literal["segformer", "hrnet", "highres"] | None = None,
-    memory: Literal["default", "low"] = "default",
+    protocol: Protocol = "published",
+    decoder: DecoderName | None = None,
+    memory: Memory = "default",
 ) -> MultiTaskModel:
     """image (B, 3, H, W) in [0, 1] -> {task: logits (B, channels, H, W)}, with only what the method trains unfrozen.
 
     method     an expression of one method, as `bench run --methods` takes it: "mtlora[rank=16]"
     backbone   a short name (`bench list backbones`) or timm's own
-    tasks      task name -> output channels; names are the caller's, without a dot
+    tasks      task name -> output channels; names are the caller's, but not those of the model's parts
     image_size (height, width)
     weights    of the backbone: "timm", "random", the path of a timm checkpoint, or "auto": timm's where they can be
                reached, else random ones, with a warning
@@ -42,13 +48,25 @@ def build_model(
         if len(found) > 1:
             raise MethodError(f"{method!r} is {len(found)} methods; build_model makes one")
         (method,) = found
-    if not tasks or any("." in task or count < 1 for task, count in tasks.items()):
-        raise MethodError(f"tasks map names without a dot to one output channel or more, not {dict(tasks)}")
+    for given, known in ((protocol, Protocol), (decoder or "segformer", DecoderName), (memory, Memory)):
+        if given not in get_args(known):
+            raise MethodError(f"{given!r} is none of {', '.join(get_args(known))}{near(given, get_args(known))}")
+    if isinstance(image_size, int) or len(image_size) != 2:
+        raise MethodError(f"image_size is (height, width), not {image_size!r}")
+    odd = [task for task in tasks if not task.isidentifier() or hasattr(nn.ModuleDict, task)]
+    if not tasks or odd or any(count < 1 for count in tasks.values()):
+        raise MethodError(
+            f"tasks map names, which are Python identifiers, to numbers of output channels: {dict(tasks)}"
+        )
     name = full_name(backbone)
     source = resolve_weights(weights, name)
     if weights == "auto" and source.source == "random":
         warnings.warn(f"random weights for {name}: timm's pretrained ones cannot be reached", stacklevel=2)
     model = method.try_build(load_backbone(name, image_size, source), tasks, Setting(protocol, decoder))
+    keyed = (nn.ModuleDict, nn.ParameterDict)
+    parts = {part for m in model.modules() if not isinstance(m, keyed) for part in (*m._modules, *m._parameters)}
+    if parts & set(tasks):  # a parameter is a task's own where its path has the task's name
+        raise MethodError(f"a part of the model is called {min(parts & set(tasks))!r}: give the task another name")
     if memory == "low":
         checkpoint_activations(model)
     return model

@@ -327,10 +327,17 @@ def described(error: Exception) -> str:
 
 
 def place(error: BaseException) -> str:
-    """Where in a method's own code an exception came from: ' (methods/FILE, line N)', or ''."""
+    """Where an exception came from: the last line of a method's own file on the way to it, or of what methods share;
+    ' (methods/FILE, line N)', or ''."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if Path(frame.filename).parent.name == "methods"]
-    return f" (methods/{Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    inside = [(Path(f.filename).as_posix().rpartition("/methods/")[::2], f.lineno) for f in frames]
+    found = [(f"methods/{file}", line) for (before, file), line in inside if before]
+    own = [each for each in found if each[0].count("/") == 1 and each[0] not in COMMON]
+    file, line = (own or found or [("", 0)])[-1]
+    return f" ({file}, line {line})" if file else ""
+
+
+COMMON = {f"methods/{name}.py" for name in ("build", "decoder", "model", "registry")}
 
 
 def first_line(error: BaseException) -> str:

@@ -145,13 +145,15 @@ def test_a_recipe_without_a_weight_for_a_task_is_refused(recipe):
 
 
 def test_outside_is_background_only_where_there_is_one(recipe, tmp_path):
-    path = recipe(augment={"border": "background"}, loss_weights={"semseg": 1})
+    path = recipe(augment={"border": "background", "rotate": 20}, loss_weights={"semseg": 1})
     assert jobs(**SMALL | {"recipe": path, "tasks": "semseg"})
     card = {"name": "own", "title": "Own", "source": "scenes", "image_size": [32, 32], "splits": {"train": 2, "val": 2}}
     text = yaml.safe_dump(card | {"tasks": {"semseg": {"classes": ["wall", *(f"class {i}" for i in range(20))]}}})
     (tmp_path / "own.yaml").write_text(text)
     with pytest.raises(BenchError, match="class 0 of own is 'wall'; use border: ignore"):
         jobs(**SMALL | {"recipe": path, "dataset": str(tmp_path / "own.yaml")})
+    path = recipe(augment={"border": "background", "hflip": 0.5}, loss_weights={"semseg": 1})  # nothing from outside
+    assert jobs(**SMALL | {"recipe": path, "dataset": str(tmp_path / "own.yaml")})
 
 
 @pytest.mark.parametrize(

@@ -120,10 +120,10 @@ def test_what_only_the_whole_card_shows_names_its_line_too(tmp_path, old, new, l
     assert complaint(tmp_path, CARD.replace(old, new), Card).startswith(f":{line}: {key}")
 
 
-@pytest.mark.parametrize("key", ["data_root", "data-root", "device", "out"])
+@pytest.mark.parametrize("key", ["data_root", "data-root", "device", "keep_weights"])
 def test_a_suite_is_of_no_machine(tmp_path, key):
     message = complaint(tmp_path, f"title: A suite\nsettings:\n  methods: ours\n  {key}: x\n", grid.Suite)
-    assert f"{key} is of one machine or one run: give --{key.replace('_', '-')} to `bench run`" in message
+    assert message == f":4: settings.{key}: is of one machine or one run: give --{key.replace('_', '-')} to `bench run`"
 
 
 def test_a_learning_rate_without_a_point_is_still_a_number(tmp_path):

@@ -189,15 +189,14 @@ def _check_pattern(key: str, pattern: str) -> None:
 
 
 def load(name: str) -> Card:
-    """A built-in card by name, or a YAML file by path. Raises BenchError for a file that cannot be told from a built-in
-    card by its name."""
-    path = yamlfile.find("datasets", name)
-    card = yamlfile.load(path, Card)
-    if card.name in resources.names("datasets"):
-        own = yamlfile.find("datasets", card.name)
-        if not own.samefile(path) and yamlfile.load(own, Card) != card:
-            raise BenchError(f"{path}: {card.name!r} is the name of a built-in card, and this is another: rename it")
-    return card
+    """A built-in card by name, or a YAML file by path."""
+    return yamlfile.load(yamlfile.find("datasets", name), Card)
+
+
+def require_own_name(card: Card) -> None:
+    """Raise BenchError for a card that cannot be told from a built-in one by its name."""
+    if card.name in resources.names("datasets") and load(card.name) != card:
+        raise BenchError(f"{card.name!r} is the name of a built-in card, and the given one is another: rename it")
 
 
 def ids(card: Card, split: Literal["train", "val"], root: Path | None) -> list[str]:

@@ -60,8 +60,8 @@ def best_constants(sums: Sums) -> dict[str, Tensor]:
 
 
 def without_foreground(constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same with foreground nowhere: it scores more where most images have none."""
-    return {task: -logits if task in BINARY else logits for task, logits in constants.items()}
+    """Of saliency and edges alone: foreground nowhere, which scores more where most images have none."""
+    return {task: -logits for task, logits in constants.items() if task in BINARY}
 
 
 def best_maps(sums: Sums) -> dict[str, Tensor]:
@@ -85,12 +85,13 @@ def _prediction(task: str, values: Tensor, count: Tensor) -> Tensor:
 
 
 def better(one: Scores, other: Scores) -> Scores:
-    """Task by task those metrics whose headline figure is the better one."""
-    chosen = {}
-    for task, metrics_of_one in one.items():
+    """Task by task those metrics whose headline figure is the better one; `other` may have fewer tasks."""
+    chosen = dict(one)
+    for task, found in other.items():
         headline = TASKS[task].headline
-        a, b = metrics_of_one[headline.key], other[task][headline.key]
-        chosen[task] = other[task] if (b > a if headline.higher_is_better else b < a) else metrics_of_one
+        a, b = one[task][headline.key], found[headline.key]
+        if b > a if headline.higher_is_better else b < a:
+            chosen[task] = found
     return chosen
 
 
@@ -99,14 +100,18 @@ def score_floors(
 ) -> list[Scores]:
     """Metrics of predictions that are the same for every image, as `evaluate` gives them for a model.
 
-    A floor maps each task to logits (C, 1, 1) or (C, H, W), which are resized to the labels.
+    A floor maps tasks, all or some, to logits (C, 1, 1) or (C, H, W), which are resized to the labels.
     """
     floors = list(floors)
-    accumulators = [{task: metrics.make(task, n) for task, n in channels.items()} for _ in floors]
+    accumulators = [
+        {task: metrics.make(task, channels[task]) for task in channels if task in floor} for floor in floors
+    ]
     for batch in batches:
         for task in channels:
             for _, label in labelled_parts(batch[task]):
                 for floor, mine in zip(floors, accumulators, strict=True):
+                    if task not in mine:
+                        continue
                     resized = F.interpolate(floor[task][None], label.shape[-2:], mode="bilinear", align_corners=False)
                     mine[task].update(resized.expand(len(label), -1, -1, -1), label)
     return [{task: accumulator.compute() for task, accumulator in mine.items()} for mine in accumulators]

@@ -223,7 +223,11 @@ def train(
         if name and name not in known:
             known.append(name)
     if progress.step == 0 and trainer.plain_model.prepare is not None:
-        with torch.random.fork_rng(), closing(losses_by_batch(trainer, dataset, batch_size)) as losses:
+        device = trainer.accelerator.device
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            closing(losses_by_batch(trainer, dataset, batch_size)) as losses,
+        ):
             progress.preparation = trainer.plain_model.prepare(losses)
     total = trainer.total_steps
     log_every = max(1, total // 100)

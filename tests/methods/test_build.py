@@ -52,11 +52,23 @@ def test_random_weights_are_never_silent(monkeypatch):
         (("oars", LITE, {"depth": 1}), "unknown method 'oars'.*did you mean"),
         (("ours", "swin_tinny", {"depth": 1}), "unknown backbone 'swin_tinny'.*did you mean"),
         (("mtlora", LITE, {"depth": 1}), "cannot run on tf_efficientnet_lite0"),
-        (("ours", LITE, {}), "tasks map names without a dot"),
-        (("ours", LITE, {"a.b": 1}), "tasks map names without a dot"),
-        (("ours", LITE, {"depth": 0}), "tasks map names without a dot"),
+        (("ours", LITE, {}), "tasks map names"),
+        (("ours", LITE, {"a.b": 1}), "tasks map names"),
+        (("ours", LITE, {"keys": 1}), "tasks map names"),
+        (("ours", LITE, {"depth": 0}), "tasks map names"),
+        (("mtlora", "swin_tiny", {"norm1": 1}), "a part of the model is called 'norm1'"),
+        (
+            ("ours", LITE, {"depth": 1}, (64, 64), "random", "Equal"),
+            "'Equal' is none of .*did you mean 'equal'",
+        ),
+        (
+            ("ours", LITE, {"depth": 1}, (64, 64), "random", "equal", "foo"),
+            "'foo' is none of segformer, hrnet",
+        ),
+        (("ours", LITE, {"depth": 1}, (64, 64), "random", "equal", None, "lo"), "'lo' is none of default"),
+        (("ours", LITE, {"depth": 1}, 64), "image_size is .height, width., not 64"),
     ],
 )
 def test_what_cannot_be_built(arguments, message):
     with pytest.raises(MethodError, match=message):
-        build.build_model(*arguments, image_size=(64, 64), weights="random")
+        build.build_model(*(arguments if len(arguments) > 3 else (*arguments, (64, 64), "random")))
