@@ -62,14 +62,19 @@ def run_cell(job: Job, record: Record, emit: Emit) -> None:
     name = job.weights_path.name if job.weights_path else spec.backbone if source == "timm" else ""
     record.provenance.weights = Weights(source=source, name=name, sha256=cell.weights.sha256)
     if spec.trial is None:
-        # The estimate comes second: it would be in a CPU's resident peak. A cell that fails has it too.
+        # On a CPU the estimate would be in the resident peak: it comes second, where measuring fails too.
+        first = spec.device_kind == "cuda"
+        if first:
+            _estimate(cell, record, emit)
         try:
             _measure_efficiency(cell, record, emit)
         except Exception:
-            with suppress(Exception):
-                _estimate(cell, record, emit)
+            if not first:
+                with suppress(Exception):
+                    _estimate(cell, record, emit)
             raise
-        _estimate(cell, record, emit)
+        if not first:
+            _estimate(cell, record, emit)
     if spec.steps == 0:
         return
     record.tuned = job.tuned
