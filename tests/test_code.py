@@ -104,6 +104,12 @@ def test_relative_imports_are_followed(tree, line, reached):
     assert {tree / reached, tree / "methods/two.py"} <= code.files("three")
 
 
+def test_a_package_imports_from_itself(tree):
+    (tree / "methods/layers/deep.py").write_text("")
+    (tree / "methods/layers/__init__.py").write_text("from . import deep\n")
+    assert tree / "methods/layers/deep.py" in code.files("three")
+
+
 def test_a_new_import_is_followed(tree):
     (tree / "methods/three.py").write_text("import methods.two\n")
     assert tree / "methods/two.py" in code.files("three")
