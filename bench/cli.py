@@ -414,9 +414,14 @@ def profile(
         max_batch.show(found, heading, place, limit, console)
         return
     failed: list[str] = []
+
+    def leave_out(line: str) -> None:
+        failed.append(line)
+        errors.print(escape(line))
+
     found = profiles.profile(
         methods, backbone, dataset, tasks, protocol, recipe, image_size, batch_size, precision, memory, place, rounds,
-        Console(stderr=True), operators > 0, lambda line: (errors.print(escape(line)), failed.append(line)),
+        Console(stderr=True), operators > 0, leave_out,
     )  # fmt: skip
     table = profiles.figures(found, reference)
     if save:
@@ -535,6 +540,9 @@ def _print_cells(jobs: list, console: Console) -> None:
     rows = []
     for job in jobs:
         spec, known = job.spec, sweep.finished(job)
+        state = "begun" if job.checkpoint_path.is_file() else "new"
+        if known:
+            state = known.status.replace("_", " ")
         rows.append(
             {
                 "method": spec.method,
@@ -554,11 +562,7 @@ def _print_cells(jobs: list, console: Console) -> None:
                 "device": spec.device,
                 "seed": str(spec.seed),
                 "hash": spec.hash,
-                "state": known.status.replace("_", " ")
-                if known
-                else "begun"
-                if job.checkpoint_path.is_file()
-                else "new",
+                "state": state,
             }
         )
     always = ("method", "seed", "hash", "state")

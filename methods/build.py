@@ -10,11 +10,9 @@ from torch import nn
 
 from methods.backbones.load import full_name, load_backbone, resolve_weights
 from methods.layers.checkpointing import checkpoint_activations
-from methods.model import MultiTaskModel, Setting
+from methods.model import DecoderName, MultiTaskModel, Protocol, Setting
 from methods.registry import Configured, MethodError, near, parse
 
-Protocol = Literal["published", "equal"]
-DecoderName = Literal["segformer", "hrnet", "highres"]
 Memory = Literal["default", "low"]
 
 

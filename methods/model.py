@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from methods.backbones.base import Backbone
 
+Protocol = Literal["published", "equal"]
+DecoderName = Literal["segformer", "hrnet", "highres"]
 Prepare = Callable[[Iterable[Mapping[str, Tensor]]], dict[str, Any]]
 
 
@@ -24,8 +26,8 @@ class Setting:
     decoder     overrides the protocol's choice of decoder
     """
 
-    protocol: Literal["published", "equal"] = "published"
-    decoder: Literal["segformer", "hrnet", "highres"] | None = None
+    protocol: Protocol = "published"
+    decoder: DecoderName | None = None
 
     @property
     def equal(self) -> bool:

@@ -326,6 +326,9 @@ def described(error: Exception) -> str:
     return f"{type(error).__name__}: {text}{place(error)}"
 
 
+COMMON = {f"methods/{name}.py" for name in ("build", "decoder", "model", "registry")}
+
+
 def place(error: BaseException) -> str:
     """Where an exception came from: the last line of a method's own file on the way to it, or of what methods share;
     ' (methods/FILE, line N)', or ''."""
@@ -335,9 +338,6 @@ def place(error: BaseException) -> str:
     own = [each for each in found if each[0].count("/") == 1 and each[0] not in COMMON]
     file, line = (own or found or [("", 0)])[-1]
     return f" ({file}, line {line})" if file else ""
-
-
-COMMON = {f"methods/{name}.py" for name in ("build", "decoder", "model", "registry")}
 
 
 def first_line(error: BaseException) -> str:

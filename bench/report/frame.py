@@ -12,7 +12,7 @@ import pandas as pd
 from pydantic import BaseModel
 
 from bench.record import Record
-from bench.report.groups import collect
+from bench.report.groups import collect, flat
 
 # What has no place in a cell, or is a text to read: the records have it.
 LEFT_OUT = {
@@ -55,15 +55,6 @@ def _fields(kind: type[BaseModel], model: BaseModel | None, prefix: str = "") ->
         if part is not None:
             yield from _fields(part, value, f"{path}.")
         elif isinstance(value, dict):
-            yield from _flat(value, path)
+            yield from flat(value, f"{path}.").items()
         elif typing.get_origin(field.annotation) is not dict:
-            yield path, value
-
-
-def _flat(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        path = f"{prefix}.{key}"
-        if isinstance(value, dict):
-            yield from _flat(value, path)
-        else:
             yield path, value

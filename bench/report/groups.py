@@ -78,11 +78,12 @@ class Group:
         return sorted(by_method.values(), key=lambda records: _order(records[0]))
 
 
-def _flat(setting: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(setting: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in setting.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 COVERED = {"device": "device_used", "weights": "weights_used"}  # what was asked for, told by what was used
@@ -90,7 +91,7 @@ COVERED = {"device": "device_used", "weights": "weights_used"}  # what was asked
 
 def differences(one: Group, other: Group) -> list[str]:
     """What keeps two groups apart, in words, this one's value first."""
-    mine, theirs = _flat(one.key), _flat(other.key)
+    mine, theirs = flat(one.key), flat(other.key)
     keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
     told = [key for key in keys if COVERED.get(key) not in keys]
     return [f"{key} {_short(mine.get(key))}, not {_short(theirs.get(key))}" for key in told]
@@ -121,7 +122,7 @@ def mixtures(apart: Sequence[Group]) -> list[Mixture]:
         buckets.setdefault((group.spec.tasks, group.spec.device_kind), []).append(group)
     made = []
     for (tasks, kind), members in buckets.items():
-        settings = [_flat(group.key) for group in members]
+        settings = [flat(group.key) for group in members]
         keys = sorted({key for setting in settings for key in setting})
         varying = [key for key in keys if len({json.dumps(setting.get(key)) for setting in settings}) > 1]
         told = [key for key in varying if COVERED.get(key) not in varying]

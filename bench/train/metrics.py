@@ -55,9 +55,9 @@ class MaxMeanIoU(Metric):
     """Saliency: foreground IoU of each image at 15 thresholds, averaged over images; the best threshold's, percent.
 
     An image without foreground in prediction and truth counts as 1, as in the code family; one without any label does
-    not count. Beside it the maximal
-    F-measure of the saliency literature (Achanta et al., CVPR 2009): precision and recall of each image that has
-    foreground, averaged over images, (1 + 0.3) P R / (0.3 P + R) at the best threshold; marking nothing is precision 0.
+    not count. Beside it the maximal F-measure of the saliency literature (Achanta et al., CVPR 2009): precision and
+    recall of each image that has foreground, averaged over images, (1 + 0.3) P R / (0.3 P + R) at the best threshold;
+    marking nothing is precision 0.
     """
 
     def __init__(self) -> None:
