@@ -257,8 +257,8 @@ def audit(
     json: Annotated[bool, typer.Option("--json", help="Every check as JSON.")] = False,
 ) -> None:
     """Recompute what the papers print, and print each disagreement with both values."""
-    from bench import count as counting
     from bench.report import audit
+    from bench.verbs import count as counting
 
     with Console(stderr=True).status("reading") as status:
         pairs, count = [], None
@@ -294,8 +294,8 @@ def count(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a markdown table.")] = False,
 ) -> None:
     """Trainable parameters under both protocols and backbone passes, in seconds: no data, weights or GPU."""
-    from bench import count
     from bench.grid import parse_size
+    from bench.verbs import count
 
     table = count.counts(methods, backbone, dataset, tasks, parse_size(image_size), errors.print)
     if markdown:
@@ -335,7 +335,7 @@ def estimate(
     ] = None,
 ) -> None:
     """Memory of a training step on a CUDA GPU and its operations, predicted: no GPU, data or weights."""
-    from bench import estimate
+    from bench.verbs import estimate
 
     given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
     if records:
@@ -390,9 +390,10 @@ def profile(
     save: Annotated[Path | None, typer.Option(help="A CSV file for the figures.")] = None,
 ) -> None:
     """Seconds a batch of several methods side by side, their steps interleaved, and the ratios between them."""
-    from bench import estimate, grid, max_batch
-    from bench import profile as profiles
+    from bench import grid
     from bench.measure import gpu_state
+    from bench.verbs import estimate, max_batch
+    from bench.verbs import profile as profiles
 
     console = Console()
     place = grid.resolve_device(device, precision)
@@ -490,14 +491,15 @@ def predict(
     out: Annotated[Path, typer.Option(help="Where pictures and arrays go.")] = Path("predictions"),
 ) -> None:
     """Every task's prediction for images, in colours and as arrays, from a trained cell."""
-    from bench import grid, trained
+    from bench import grid
+    from bench.verbs import trained
 
     place = grid.resolve_device(device, "fp32")
     cell = trained.load(record, folder, weights, dataset)
 
     import torch
 
-    from bench import predict
+    from bench.verbs import predict
 
     predict.run(cell, images, out, torch.device(f"cuda:{place.index}" if place.name else "cpu"), Console())
 
@@ -515,11 +517,11 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("export"),
 ) -> None:
     """A trained cell for others: trained weights with a model card, and the whole model by torch.export, checked."""
-    from bench import trained
+    from bench.verbs import trained
 
     cell = trained.load(record, folder, weights, dataset)
 
-    from bench import export
+    from bench.verbs import export
 
     export.export(cell, out, image or [], Console())
 
@@ -528,7 +530,7 @@ def export(
 @one_line_errors
 def list_(what: Annotated[str, typer.Argument(help="methods, backbones, datasets, recipes or suites")]) -> None:
     """What can be asked for by name."""
-    from bench import listing
+    from bench.verbs import listing
 
     Console().print(listing.table(what))
 

@@ -37,7 +37,7 @@ PRELOADED = [
     "bench.measure.profile",
     "bench.run",
     "bench.train.loop",
-    "bench.train.trained",
+    "bench.train.weights",
     "methods.build",
 ]
 QUIET = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}  # what the server never hears: it ends with its last client

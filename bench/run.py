@@ -206,7 +206,7 @@ def _train_and_evaluate(cell: _Cell, record: Record, emit: Emit) -> None:
     from bench.train.evaluation import evaluate
     from bench.train.floor import best_constants, best_maps, better, score_floors, sum_labels, without_foreground
     from bench.train.loop import Trainer, train
-    from bench.train.trained import save_trained
+    from bench.train.weights import save_trained
 
     job, spec = cell.job, cell.spec
     recipe = spec.recipe.with_rate(job.tuned.rate) if spec.recipe.tune else spec.recipe

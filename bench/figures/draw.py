@@ -65,8 +65,8 @@ def figure(
         if not records:
             raise BenchError(f"{name} is drawn from a trained model: name its record with --record, by hash or file")
 
-        from bench import trained
         from bench.figures import from_models
+        from bench.verbs import trained
 
         cells = [trained.load(record, folder, weights, dataset) for record in records]
         images = images or 2

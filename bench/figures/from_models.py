@@ -19,9 +19,9 @@ from bench.data.subset import evenly_spaced
 from bench.errors import BenchError
 from bench.figures.from_records import heat
 from bench.figures.style import caption, panels
-from bench.predict import picture, to_array
 from bench.tasks import TASKS
-from bench.trained import Trained
+from bench.verbs.predict import picture, to_array
+from bench.verbs.trained import Trained
 from methods.model import upsample_logits
 
 GATE_IMAGES = 64  # that gating scores are averaged over

@@ -11,7 +11,7 @@ from bench.data import card as cards
 from bench.errors import BenchError
 from bench.figures import from_models
 from bench.record import read
-from bench.trained import Trained
+from bench.verbs.trained import Trained
 from methods.backbones.load import WeightSource, load_backbone
 from methods.model import Setting
 from methods.registry import parse

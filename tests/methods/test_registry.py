@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 import methods
-from bench import listing
+from bench.verbs import listing
 from methods import registry
 from methods.registry import Configured, Method, MethodError, NoOptions, all_methods, get, parse, register
 

@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 from bench import recipe as recipes
 from bench.cli import app
 from bench.errors import BenchError
-from bench.estimate import markdown, parse_gpu, table
 from bench.measure.cuda_like import LikeCUDA
 from bench.measure.estimate import estimate, largest_batch, step_bytes
 from bench.measure.live import LiveBytes
 from bench.measure.profile import synthetic_batch
 from bench.train.loop import PHASES, Trainer
+from bench.verbs.estimate import markdown, parse_gpu, table
 from methods.backbones.load import WeightSource, load_backbone
 from methods.decoder import Decoder
 from methods.layers.checkpointing import checkpoint_activations

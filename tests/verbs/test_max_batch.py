@@ -8,12 +8,13 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from bench import max_batch, recipe
+from bench import recipe
 from bench.cli import app
 from bench.errors import BenchError
 from bench.grid import Device
 from bench.measure import probe
 from bench.measure.probe import Answer, Request
+from bench.verbs import max_batch
 
 GIB = 2**30
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA is enforced by Linux alone")

@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from bench import count
 from bench.cli import app
 from bench.errors import BenchError
+from bench.verbs import count
 from methods.registry import MethodError
 
 

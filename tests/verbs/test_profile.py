@@ -15,14 +15,14 @@ from rich.console import Console
 from torch.autograd import DeviceType
 from typer.testing import CliRunner
 
-from bench import profile
 from bench.cli import app
 from bench.errors import BenchError
 from bench.grid import Device
 from bench.measure import operators as measured
 from bench.measure.operators import Operator, operators
 from bench.measure.profile import Clock
-from bench.profile import FLOOR, Profile
+from bench.verbs import profile
+from bench.verbs.profile import FLOOR, Profile
 from methods import decoder_only, registry
 
 

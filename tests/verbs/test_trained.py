@@ -13,7 +13,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from bench import export, predict, trained
 from bench import recipe as recipes
 from bench import record as records
 from bench.cli import app
@@ -22,7 +21,8 @@ from bench.data import decode
 from bench.errors import BenchError
 from bench.spec import trained_weights
 from bench.train.loop import Trainer
-from bench.train.trained import digest, load_trained, save_trained
+from bench.train.weights import digest, load_trained, save_trained
+from bench.verbs import export, predict, trained
 from methods.backbones.load import WeightSource, load_backbone
 from methods.model import Setting
 from methods.registry import parse

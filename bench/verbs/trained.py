@@ -55,7 +55,7 @@ def load(name: str, folder: Path, weights: Path | None, dataset: str | None) -> 
         raise BenchError(f"--dataset is the card {card.name}, and the record's is {spec.dataset}")
     channels = card.channels(cards.choose_tasks(card, ",".join(spec.tasks)))
 
-    from bench.train.trained import load_trained
+    from bench.train.weights import load_trained
     from methods.backbones.load import WeightSource, resolve_weights
     from methods.model import Setting
     from methods.registry import parse

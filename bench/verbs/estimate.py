@@ -16,7 +16,6 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from bench import count
 from bench import recipe as recipes
 from bench.data import card as cards
 from bench.data.card import Card
@@ -26,6 +25,7 @@ from bench.measure.provenance import git_state
 from bench.record import read, write_atomically
 from bench.report.groups import collect
 from bench.spec import MemoryUse, Precision, Protocol
+from bench.verbs import count
 
 if TYPE_CHECKING:
     from bench.measure.estimate import Estimate

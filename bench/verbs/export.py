@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from bench import resources
 from bench.data import decode, scenes
 from bench.errors import BenchError
-from bench.predict import network_input
 from bench.record import write_atomically
 from bench.spec import trained_weights
 from bench.tasks import TASKS
-from bench.trained import Trained
+from bench.verbs.predict import network_input
+from bench.verbs.trained import Trained
 from methods.registry import described
 
 TOLERANCE = 1e-3  # of the largest output of a task
