@@ -98,8 +98,9 @@ def test_recipe_of_the_readme_loads(tmp_path):
 
 
 def test_commands_of_the_readme_exist():
-    """Every option that the README gives to a verb is one of its own."""
-    text = README.read_text(encoding="utf-8")
+    """Every option that the README, or one of a folder, gives to a verb is one of its own."""
+    pages = [README, *(README.parent / part / "README.md" for part in ("datasets", "results"))]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     for verb in (
         "run",
         "report",
