@@ -250,6 +250,22 @@ def test_skip_bad_does_without_the_broken_images_and_says_which(own):
     assert same.record.metrics == found.record.metrics
 
 
+def test_the_constant_saliency_is_the_better_of_all_and_nothing(own):
+    """Of the validation images one has no object and one has it on a quarter: nothing everywhere is right on one of
+    them, everything everywhere on a quarter of the other."""
+    masks = {name: np.zeros((36, 40), np.uint8) for name in "abcd"}
+    for name in "abd":
+        masks[name][:18, :20] = 1
+    for name, mask in masks.items():
+        Image.fromarray(mask).save(own / f"{name}-sal.png")
+    Path("own.yaml").write_text(yaml.safe_dump(CARD | {"tasks": {"saliency": {"path": "{id}-sal.png"}}}))
+    done = bench(*OWN, "--data-root", own, "--out", "out")
+    assert done.exit_code == 0, done.output
+    (found,) = scan(Path("out"))
+    assert found.record.floor["saliency"]["max_mIoU"] == pytest.approx(50, abs=0.5)
+    assert found.record.floor_map["saliency"]["max_mIoU"] > 40  # places on the object's edge are neither
+
+
 def test_skip_bad_without_an_image_left(own):
     for name in "ab":
         (own / f"{name}.jpg").write_bytes(b"")

@@ -327,6 +327,15 @@ def test_a_table_of_every_combination():
     assert "ESTIMATED" in text and text.count("| decoder_only |") == 8 and "| image size |" in text
 
 
+def test_all_leaves_out_what_a_backbone_does_not_serve():
+    few = "bitfit, all,-ours,-single_task_full,-multi_task_full"
+    shown = invoke("--methods", few, "--backbone", "resnet18", "--image-size", "64", "--batch-size", "2,4")
+    assert shown.exit_code == 0 and "bitfit" in shown.stdout and "decoder_only" in shown.stdout
+    assert "ditask" not in shown.stdout and shown.stderr.count("left out: ditask") == 1
+    refused = invoke("--methods", "bitfit,ditask", "--backbone", "resnet18", "--image-size", "64")
+    assert refused.exit_code == 2 and "ditask" in refused.stderr and not refused.stdout
+
+
 # Released code of the three methods, simulated on fake tensors at 448, fp32, batch 8, in GiB: bare facts of that code,
 # not of ours.
 RELEASED = {"mtlora": 8.91, "ditask": 8.98, "tadformer": 11.05}

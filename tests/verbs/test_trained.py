@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -281,3 +282,20 @@ def test_an_export_that_answers_differently_is_refused(cell):
 
     with pytest.raises(BenchError, match="differs from PyTorch's: semseg by 1.0e-02"):
         export.check(model, Off(), torch.rand(1, 3, *SIZE))
+
+
+def test_a_model_that_cannot_be_exported_costs_one_line(cell, image, tmp_path, monkeypatch):
+    """torch prints the whole graph of a model that it cannot trace, or a warning for every branch."""
+    path, _ = cell()
+
+    def cannot(*args, **kwargs):
+        print("graph():")
+        print("a thousand lines of it", file=sys.stderr)
+        raise RuntimeError("data-dependent branch\nof a kind")
+
+    monkeypatch.setattr(torch.export, "export", cannot)
+    out = tmp_path / "export"
+    done = CliRunner().invoke(app, ["export", "--record", str(path), "--image", str(image), "--out", str(out)])
+    assert done.exit_code == 2 and "graph()" not in done.output and "thousand" not in done.output
+    (line,) = done.stderr.strip().splitlines()
+    assert "decoder_only cannot be exported" in line and "data-dependent branch" in line
