@@ -20,8 +20,9 @@ TASK_LIST = Annotated[str | None, typer.Option(help="Comma-separated subset of t
 
 
 def _opened(dataset: str, data_root: Path | None) -> tuple[Card, Path | None]:
-    """The card and the folder that its files lie in."""
+    """The card and the folder that its files lie in, if `bench run` would take it."""
     card = cards.load(dataset)
+    cards.require_own_name(card)
     return card, cards.require_root(card, data_root) if card.source == "files" else data_root
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from bench import recipe as recipes
 from bench import yamlfile
@@ -61,6 +61,12 @@ class Settings(BaseModel):
     eval_size: str = "network"
     skip_bad: bool = False
     shuffle_labels: bool = False
+
+    @field_validator("methods", "backbone", "tasks", "seeds", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        """A YAML list says the same as its values with commas between."""
+        return ",".join(map(str, value)) if isinstance(value, list) else value
 
     @staticmethod
     def elsewhere(key: str) -> str:
@@ -307,7 +313,7 @@ def _usable(
         names = choose(skipped)
         for split, remaining in names.items():
             if not remaining:
-                raise BenchError(f"{card.name}: every {split} image is unreadable; see `bench data check {card.name}`")
+                raise BenchError(f"{card.name}: every {split} image is unreadable: `bench data check` lists why")
 
 
 def _card_reference(dataset: str) -> str:

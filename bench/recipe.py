@@ -116,7 +116,7 @@ class Recipe(Strict):
     loss_weights: dict[str, Positive]
     augment: Augment = Augment()
     measure: Measure = Measure()
-    image_size: tuple[int, int] | None = None  # (height, width); else the dataset card's
+    image_size: yamlfile.ImageSize | None = None  # else the dataset card's
     limit_train: Annotated[int, Field(gt=0)] | None = None
     limit_val: Annotated[int, Field(gt=0)] | None = None
 

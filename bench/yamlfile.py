@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from bench import resources
 from bench.errors import BenchError, did_you_mean
 
 M = TypeVar("M", bound=BaseModel)
+
+
+def _square(value: object) -> object:
+    return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Side = Annotated[int, Field(ge=32)]
+ImageSize = Annotated[tuple[Side, Side], BeforeValidator(_square)]  # (height, width); one number is both
 
 
 def find(kind: str, name: str) -> Path:
@@ -43,7 +51,9 @@ def load(path: Path, model: type[M]) -> M:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise BenchError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+        problem = str(getattr(error, "problem", error))
+        hint = "; text with braces in it must be quoted" if "'{'" in problem or "'}'" in problem else ""
+        raise BenchError(f"{path}{line}: not valid YAML: {problem}{hint}") from error
     if not isinstance(data, dict):
         raise BenchError(f"{path}: expected a mapping of keys to values")
     _refuse_duplicates(tree, path)

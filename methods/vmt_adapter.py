@@ -72,7 +72,10 @@ class LiteCrossTask(nn.Module):
     def __init__(self, channels: int, width: int, m: int) -> None:
         super().__init__()
         if channels % m or width % m:
-            raise MethodError(f"vmt_adapter_lite: m={m} does not divide {channels} channels and a width of {width}")
+            both = max(k for k in range(1, m) if math.gcd(channels, width) % k == 0)
+            raise MethodError(
+                f"vmt_adapter_lite: m={m} does not divide {channels} channels and a width of {width}; [m={both}] does"
+            )
         self.shared = nn.Parameter(torch.randn(m, m, m) / math.sqrt(m))
         self.down = nn.Parameter(torch.randn(m, channels // m, width // m) / math.sqrt(channels))
         self.up = nn.Parameter(torch.zeros(m, width // m, channels // m))

@@ -73,6 +73,13 @@ def test_the_image_size_is_the_cards_then_the_recipes_then_the_suites_then_the_c
     assert size(settings, image_size="32x64") == (32, 64)
 
 
+def test_lists_of_a_suite_are_values_with_commas_between(suite):
+    of_lists = suite(**SMALL | {"methods": ["ours", "lora[rank=2|4]"], "seeds": [0, 1], "tasks": ["semseg", "depth"]})
+    names = [(job.spec.method, job.spec.seed, job.spec.tasks) for job in jobs(of_lists)]
+    text = suite(**SMALL | {"methods": "ours,lora[rank=2|4]", "seeds": "0,1", "tasks": "semseg,depth"})
+    assert names == [(job.spec.method, job.spec.seed, job.spec.tasks) for job in jobs(text)] and len(names) == 6
+
+
 @pytest.mark.parametrize("key, of_recipe", [("batch_size", 3), ("steps", 7), ("limit_train", 11), ("limit_val", 5)])
 def test_numbers_are_the_recipes_then_the_suites_then_the_command_lines(recipe, suite, key, of_recipe):
     base = SMALL | {"recipe": recipe(), "tasks": "depth"}

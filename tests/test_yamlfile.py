@@ -152,6 +152,11 @@ def test_invalid_yaml_names_the_line(tmp_path, text, line):
     assert complaint(tmp_path, text).startswith(f":{line}: not valid YAML: ")
 
 
+def test_a_pattern_without_quotes_inside_braces(tmp_path):
+    said = complaint(tmp_path, "title: a\ntasks:\n  depth: {path: depth/{id}.npy}\n")
+    assert said.startswith(":3: not valid YAML: ") and said.endswith("text with braces in it must be quoted")
+
+
 def test_several_documents_and_bytes_that_are_no_text(tmp_path):
     assert "not valid YAML" in complaint(tmp_path, RECIPE + "---\n" + RECIPE)
     (tmp_path / "b.yaml").write_bytes(b"title: \xff\xfe")

@@ -60,7 +60,8 @@ class TaskCard(BaseModel):
     ignore    raw values that mean "no label"; where not given, 255 for class labels and none for masks
     ignore_empty   an image without anything but class 0 has no label at all (human parts without a person)
     subtract  taken from the other raw values to give 0..n-1, for semseg and human_parts
-    threshold   of a soft mask, as a share of 255 (or of 1 in an array); without it, masks hold 0 and 1, or 0 and 255
+    threshold   of a soft mask, as a share of 255 (or of 1 in an array of fractions); without it, masks hold 0 and 1, or
+              0 to 255, in which values above one half are on (borders may be smooth)
     keep      normals only: where there is a label
     scale     depth only: metres = stored value * scale
     """
@@ -130,7 +131,7 @@ class Card(BaseModel):
     licence: str = ""
     homepage: str = ""
     fetch: Fetch | None = None
-    image_size: tuple[Annotated[int, Field(ge=32)], Annotated[int, Field(ge=32)]]  # (height, width)
+    image_size: yamlfile.ImageSize
     image: str = ""  # pattern below the data root with {id}
     splits: dict[Literal["train", "val"], str | int]  # a list of ids below the root, or a number of scenes
     seed: int = 0  # scenes only

@@ -78,10 +78,10 @@ def _read_mat(path: Path, key: str) -> np.ndarray:
 
     if not key:
         raise BenchError(f"{path}: a .mat file holds several variables; name one in the card with key")
+    if not path.is_file():  # scipy then says something of file-like objects
+        raise BenchError(f"missing file {path}")
     try:
         held = loadmat(path)
-    except FileNotFoundError as error:
-        raise BenchError(f"missing file {path}") from error
     except Exception as error:  # a damaged file makes scipy and zlib raise all kinds of errors
         raise BenchError(f"cannot read MATLAB file {path}: {first_line(error)}") from error
     if key not in held:

@@ -98,9 +98,9 @@ def differences(one: Group, other: Group) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, list):
+    if isinstance(value, list) and value:
         return "x".join(map(str, value)) if all(isinstance(v, int) for v in value) else ", ".join(map(str, value))
-    return "none" if value is None else str(value)
+    return "none" if value is None or value == [] else str(value)
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,17 @@ def test_a_built_in_cards_name_is_taken(tmp_path):
     cards.require_own_name(cards.load(str(path)))
 
 
+@pytest.mark.parametrize("size, expected", [(48, (48, 48)), ([48, 64], (48, 64))])
+def test_one_number_is_a_square_as_on_the_command_line(tmp_path, size, expected):
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(GOOD | {"image_size": size}))
+    assert cards.load(str(tmp_path / "own.yaml")).image_size == expected
+
+
+@pytest.mark.parametrize("size", [True, 16, [48], [48, 8]])
+def test_sizes_that_are_none(tmp_path, size):
+    assert "image_size" in refusal(tmp_path, image_size=size)
+
+
 def test_an_unknown_task_is_refused_with_a_near_miss(tmp_path):
     message = refusal(tmp_path, tasks={"semsge": {"path": "a/{id}.png"}})
     assert "unknown task 'semsge' (did you mean 'semseg'?)" in message

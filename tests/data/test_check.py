@@ -75,6 +75,13 @@ def test_a_good_folder(own):
     assert "floor 85.7 %, wall 14.3 %; 1 of 3 classes never: lamp" in done.output
 
 
+def test_what_bench_run_refuses_is_refused(own):
+    card = yaml.safe_load((own / "own.yaml").read_text())
+    (own / "own.yaml").write_text(yaml.safe_dump(card | {"name": "nyud_v2"}))
+    done = run(own)
+    assert done.exit_code == 2 and "'nyud_v2' is the name of a built-in card" in done.stderr
+
+
 def damage(own, name):
     path = own / name
     if name == "b.jpg":

@@ -178,10 +178,10 @@ def test_broken_files_are_refused_by_name_in_one_line(tmp_path, suffix, broken):
         assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("suffix", [".npy", ".png", ".jpg"])
+@pytest.mark.parametrize("suffix", [".npy", ".mat", ".png", ".jpg"])
 def test_a_missing_file_is_named(tmp_path, suffix):
     with pytest.raises(BenchError, match="missing file") as error:
-        decode.read_label("depth", PLAIN, tmp_path / f"a{suffix}")
+        decode.read_label("depth", TaskCard(key="depth"), tmp_path / f"a{suffix}")
     assert str(tmp_path / f"a{suffix}") in str(error.value)
 
 
