@@ -104,7 +104,7 @@ def pareto(groups: Sequence[Group], choice: Choice) -> Drawn:
         elif not group.any_device:
             costs |= {tables.CUDA_ALLOCATED: "memory, GiB", tables.CUDA_MEDIAN: "s/batch"}
         printed = _printed(group, rows) if choice.published else []
-        figure, axes = panels(len(costs), 3.0, 2.8)
+        figure, axes = panels(len(costs), *((3.0, 2.8) if len(costs) > 1 else (7.0, 3.4)))
         for axis, (column, label) in zip(axes, costs.items(), strict=True):
             points = [(row.values[column], row.values[tables.DELTA]) for row in rows]
             for row, (x, y) in zip(rows, points, strict=True):

@@ -33,6 +33,7 @@ def look(index: int) -> tuple[str, str, str]:
 
 plt.rcParams.update(SETTINGS)
 CHARACTERS = 15.5  # of the caption's size, an inch
+LEGEND_CHARACTERS = 18.5  # of a legend's
 
 
 def panels(count: int, width: float = 3.2, height: float = 2.6, columns: int = 4) -> tuple[Figure, list[plt.Axes]]:
@@ -49,7 +50,10 @@ def panels(count: int, width: float = 3.2, height: float = 2.6, columns: int = 4
 
 
 def legend_below(figure: Figure, axes: plt.Axes, columns: int = 3) -> None:
+    """In at most so many columns, fewer where they would be wider than the figure."""
     handles, labels = axes.get_legend_handles_labels()
+    widest = 0.5 + max(map(len, labels), default=0) / LEGEND_CHARACTERS
+    columns = max(1, min(columns, int(figure.get_figwidth() / widest)))
     figure.set_figheight(figure.get_figheight() + 0.19 * -(-len(labels) // columns))  # no room of the axes
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
 

@@ -15,7 +15,7 @@ from bench.cli import app
 from bench.errors import BenchError
 from bench.figures import from_records
 from bench.figures.from_records import FIGURES, Choice
-from bench.figures.style import COLOURS, look
+from bench.figures.style import COLOURS, legend_below, look, panels
 from bench.record import Estimated, Memory, MethodInfo
 from bench.report import tables
 from bench.report.front import front
@@ -279,3 +279,18 @@ def test_a_setting_with_one_method_is_drawn_only_where_there_is_no_other(tmp_pat
         make(tmp_path, method, FOUR)
     (figure,) = drawn("pareto", tmp_path)
     assert "MTLoRA" in figure.axes[0].get_legend_handles_labels()[1]
+
+
+LONG = "TADFormer [scale=1, dropout=0, drop_path=0, rank=64, general_rank=64, width=16, tokens=4]"
+
+
+@pytest.mark.parametrize(("letters", "columns"), [(20, 3), (45, 2), (80, 1)])
+def test_a_legend_is_no_wider_than_its_figure(letters, columns):
+    figure, (axis,) = panels(1, 7.0, 2.0)
+    for index in range(6):
+        axis.plot([0, 1], [0, index], label=f"{index} {LONG}"[:letters])
+    legend_below(figure, axis)
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert legend._ncols == columns
+    assert legend.get_window_extent().width <= figure.get_figwidth() * figure.dpi
