@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -20,7 +21,7 @@ from bench.cli import app
 from bench.errors import BenchError
 from bench.record import Failure, Time
 from bench.report import published, render, show, tables
-from bench.report.groups import collect
+from bench.report.groups import collect, differences
 from methods.registry import all_methods
 from tests.report.records import ROWS, groups, make, measured, only, printed, recipe, report
 
@@ -690,3 +691,10 @@ def test_latex_numbers_tables_itself_and_has_true_minus_signs(tmp_path):
     report(tmp_path)
     text = (tmp_path / "report" / "report.tex").read_text()
     assert "\\caption{Accuracy" in text and "Table 1. Accuracy" not in text and "$-$20.00" in text
+
+
+def test_what_keeps_groups_apart_in_words():
+    one = SimpleNamespace(key={"size": [96, 128], "recipe": {"augment": {"scales": []}}, "steps": None})
+    other = SimpleNamespace(key={"size": [96, 96], "recipe": {"augment": {"scales": [1.0, 1.5]}}, "steps": 7})
+    told = ["size 96x128, not 96x96", "recipe.augment.scales none, not 1.0, 1.5", "steps none, not 7"]
+    assert differences(one, other) == told and differences(one, one) == []
