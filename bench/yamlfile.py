@@ -16,7 +16,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def _square(value: object) -> object:
-    return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+    return (value, value) if isinstance(value, int) else value
 
 
 Side = Annotated[int, Field(ge=32)]

@@ -12,6 +12,7 @@ from methods.registry import MethodError
 
 REFUSED = [
     ("vmt_adapter_lite[m=5]", "swin_tiny", r"m=5 does not divide 96 channels and a width of 24; \[m=4\] does"),
+    ("vmt_adapter_lite[m=33]", "swin_tiny", r"m=33 does not divide 96 channels and a width of 24; \[m=24\] does"),
     ("compacter[n=5]", "swin_tiny", r"compacter on swin_tiny.*: n=5 does not divide a layer of 96 inputs"),
     ("progressive[groups=5]", "swin_tiny", r"4 tasks \(semseg, .*\) cannot be split into 5 groups"),
     ("progressive[groups=semsec+normals]", "swin_tiny", r"no task 'semsec' to group \(did you mean 'semseg'\?\)"),
