@@ -81,6 +81,8 @@ def test_changes_in_percent_are_those_of_the_script(page, capsys, monkeypatch):
     found = script(page, "vit", capsys, monkeypatch)
     means, reference = found["means"], found["reference"]
     percent = (100 * (means / reference - 1) * found["signs"]).round(1).drop(reference.name)
-    expected = sorted(tuple(row) for row in percent[list(found["tasks"])].to_numpy())
-    rows = re.findall(r"^\| [^|]+ \|((?: [+−][\d.]+ \|){4})$", page, re.MULTILINE)
-    assert sorted(tuple(map(number, cells(row))) for row in rows) == expected
+    expected = {
+        method: tuple(row) for method, row in zip(percent.index, percent[list(found["tasks"])].to_numpy(), strict=True)
+    }
+    rows = re.findall(r"^\| ([\w\[\]=,]+) \|((?: [+−][\d.]+ \|){4})$", page, re.MULTILINE)
+    assert {method: tuple(map(number, cells(row))) for method, row in rows} == expected
