@@ -240,7 +240,7 @@ def _train_and_evaluate(cell: _Cell, record: Record, emit: Emit) -> None:
         sums = sum_labels(fit, cell.channels)
         constants = best_constants(sums)
         floors = (constants, without_foreground(constants), best_maps(sums))
-        everywhere, nowhere, places = score_floors(floors, score, cell.channels)
+        everywhere, nowhere, places = score_floors(floors, score, cell.channels, cell.card.edge_tolerance)
         record.floor, record.floor_map = map(_finite, (better(everywhere, nowhere), places))
     values, per_class = evaluate(
         trainer.model,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -21,7 +21,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Task:
-    """A dense prediction task. `metrics[0]` is the headline figure that enters Delta-m.
+    """A dense prediction task. `metrics[0]` is the headline figure that enters Delta-m (see `headline`).
 
     `channels` is the number of output maps; None means that the dataset card's class list decides.
     `in_papers` is the heading under which the papers' tables print the headline figure, where it differs.
@@ -40,6 +40,7 @@ class Task:
 
 MIOU = Metric("mIoU", "mIoU", "%", True)
 NORMALS_WITHIN = (11.25, 22.5, 30)  # degrees
+EDGE_TOLERANCE = 0.0075  # of the image's diagonal, where a card says nothing else: that of BSDS, and of PASCAL-Context
 
 TASKS: Mapping[str, Task] = {
     task.name: task
@@ -69,9 +70,25 @@ TASKS: Mapping[str, Task] = {
         Task(
             "depth", "Depth", (Metric("rmse", "RMSE", "m", False), Metric("abs_rel", "abs rel", "", False)), channels=1
         ),
-        Task("edge", "Edge", (Metric("max_f", "max F, pixelwise", "%", True),), channels=1, in_papers="odsF"),
+        Task(
+            "edge",
+            "Edge",
+            (Metric("ods_f", "odsF", "%", True), Metric("max_f", "max F, pixelwise", "%", True)),
+            channels=1,
+        ),
     )
 }
+
+
+def headline(task: str, figures: Iterable[Mapping[str, object]]) -> Metric:
+    """The task's headline metric, where all of these have it; else the next of its direction that all have.
+
+    figures: metric key -> value of this task, a mapping a record; empty ones do not count. Records from before a metric
+    was measured are told by the next one, under its own title.
+    """
+    measured, first = [each for each in figures if each], TASKS[task].headline
+    alike = (metric for metric in TASKS[task].metrics if metric.higher_is_better == first.higher_is_better)
+    return next((metric for metric in alike if all(metric.key in each for each in measured)), first)
 
 
 def delta_m(ours: Mapping[str, float], reference: Mapping[str, float]) -> float:

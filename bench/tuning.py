@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bench.recipe import Tuning
 from bench.record import Record
 from bench.spec import Job, Trial, Tried, Tuned
-from bench.tasks import TASKS
+from bench.tasks import Metric, headline
 
 
 def trial(job: Job, rate: float) -> Job:
@@ -54,9 +54,9 @@ def held_out(names: Sequence[str], share: float, blocks: int = 8) -> tuple[list[
     return [n for i, n in enumerate(names) if i not in out], [n for i, n in enumerate(names) if i in out]
 
 
-def score(record: Record) -> float | None:
-    """Mean over tasks of the headline figure's logarithm, with the sign turned where lower is better; None where the
-    trial did not end well or a task's figure is missing or zero.
+def score(record: Record, metrics: Mapping[str, Metric] | None = None) -> float | None:
+    """Mean over tasks of the headline figure's logarithm (or another metric's), with the sign turned where lower is
+    better; None where the trial did not end well or a task's figure is missing or zero.
 
     The difference of two scores is, for small differences, Delta-m (BDTA paper, equation 13) of one trial against the
     other; unlike Delta-m itself it needs no reference and puts all trials in one order. A task whose figure still
@@ -65,13 +65,18 @@ def score(record: Record) -> float | None:
     if record.status != "ok":
         return None
     total = 0.0
-    for task in record.spec.tasks:
-        headline = TASKS[task].headline
-        value = record.metrics.get(task, {}).get(headline.key)
+    for task, metric in (metrics or _headlines([record])).items():
+        value = record.metrics.get(task, {}).get(metric.key)
         if not value:
             return None
-        total += (1 if headline.higher_is_better else -1) * math.log(value)
+        total += (1 if metric.higher_is_better else -1) * math.log(value)
     return total / len(record.spec.tasks)
+
+
+def _headlines(records: Sequence[Record]) -> dict[str, Metric]:
+    """The metric of each task that all trials which ended well have."""
+    good = [record for record in records if record.status == "ok"]
+    return {task: headline(task, (r.metrics.get(task, {}) for r in good)) for task in records[0].spec.tasks}
 
 
 def choose(records: Sequence[Record]) -> Tuned:
@@ -80,13 +85,14 @@ def choose(records: Sequence[Record]) -> Tuned:
     A rate may lose by diverging or without a score. A trial that failed otherwise (memory, a crash, an interrupt) says
     nothing of its rate: then there is no choice, as there is none where no trial has a score.
     """
+    metrics = _headlines(records)
     tried = tuple(
         Tried(
             rate=record.spec.recipe.optimizer.lr,
             status=record.status,
             message=record.failure.message if record.failure else "",
-            score=score(record),
-            figures={task: record.metrics.get(task, {}).get(TASKS[task].headline.key) for task in record.spec.tasks},
+            score=score(record, metrics),
+            figures={task: record.metrics.get(task, {}).get(metric.key) for task, metric in metrics.items()},
             commits=tuple(record.provenance.commits()) if record.provenance else (),
         )
         for record in records

@@ -68,6 +68,19 @@ def test_the_best_rate_is_chosen_and_the_smaller_of_equals(tmp_path):
     assert tuned.tried[1].figures == bad
 
 
+def test_trials_are_scored_by_a_metric_that_all_of_them_have(tmp_path):
+    """One was kept from before odsF was measured: that it has the larger max F decides, whatever the other's odsF."""
+
+    def edges(rate, figures):
+        return trial(tmp_path, rate, {"edge": 1.0}, metrics={"edge": figures})
+
+    old, new = edges(1e-3, {"max_f": 16.0}), edges(1e-2, {"ods_f": 60.0, "max_f": 15.0})
+    tuned = choose([old, new])
+    assert tuned.rate == 1e-3 and [each.figures["edge"] for each in tuned.tried] == [16.0, 15.0]
+    tuned = choose([edges(1e-3, {"ods_f": 50.0, "max_f": 16.0}), new])
+    assert tuned.rate == 1e-2 and [each.figures["edge"] for each in tuned.tried] == [50.0, 60.0]
+
+
 def test_what_has_no_figure_is_never_chosen(tmp_path):
     dead = trial(tmp_path, 1e-2, {"semseg": 0.0, "normals": 20.0})
     diverged = trial(tmp_path, 1e-1, {"semseg": 90.0, "normals": 1.0}, status="diverged")

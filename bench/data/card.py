@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from bench import resources, yamlfile
 from bench.data import scenes
 from bench.errors import BenchError, did_you_mean
-from bench.tasks import TASKS
+from bench.tasks import EDGE_TOLERANCE, TASKS
 
 Colour = Annotated[int, Field(ge=0, le=255)]
 
@@ -64,6 +64,7 @@ class TaskCard(BaseModel):
               0 to 255, in which values above one half are on (borders may be smooth)
     keep      normals only: where there is a label
     scale     depth only: metres = stored value * scale
+    tolerance   edge only: how far an edge may lie from the true one in odsF, as a share of the image's diagonal
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -80,6 +81,7 @@ class TaskCard(BaseModel):
     threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
     keep: Keep | None = None
     scale: Annotated[float, Field(gt=0)] = 1.0
+    tolerance: Annotated[float, Field(gt=0, lt=1)] = EDGE_TOLERANCE
 
     @model_validator(mode="after")
     def _consistent(self) -> TaskCard:
@@ -170,6 +172,10 @@ class Card(BaseModel):
             if isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
                 raise ValueError(f"splits.{split}: {value!r} must stay below the data root")
         return self
+
+    @property
+    def edge_tolerance(self) -> float:
+        return self.tasks["edge"].tolerance if "edge" in self.tasks else EDGE_TOLERANCE
 
     def channels(self, tasks: tuple[str, ...]) -> dict[str, int]:
         """Task name -> number of output maps."""
@@ -280,8 +286,12 @@ def check_files(card: Card, root: Path | None, names: list[str], tasks: tuple[st
 def fingerprint(card: Card, train: list[str], val: list[str], tasks: tuple[str, ...], sizes: Sequence[int] = ()) -> str:
     """Twelve hex digits of what the card says, the tasks, the ids in use, the sizes of their files and, for scenes,
     the renderer's version. Contents are not read: a file changed without changing its size is not noticed."""
+    said = card.model_dump(mode="json", exclude={"title", "licence", "homepage", "fetch"})
+    for task in said["tasks"].values():
+        if task["tolerance"] == EDGE_TOLERANCE:  # so that records from before cards had it keep their place
+            del task["tolerance"]
     content = [
-        card.model_dump(mode="json", exclude={"title", "licence", "homepage", "fetch"}),
+        said,
         train,
         val,
         tasks,

@@ -221,12 +221,12 @@ def _sweep(
     alone = {backbone: _varying_alone(points, option) for backbone, points in by_backbone.items()}
     has_delta = any(pd.notna(row.values[tables.DELTA]) for points in alone.values() for _, row in points)
     tasks = bundle[0].spec.tasks
-    columns = [tables.DELTA] if has_delta else [tables.headline(task) for task in tasks if bundle[0].trained]
+    columns = [tables.DELTA] if has_delta else [tables.headline(bundle[0], task) for task in tasks if bundle[0].trained]
     figure, axes = panels(len(columns) + 1, 2.9, 2.5)
     for axis, column in zip(axes, [*columns, tables.TP], strict=True):
         for index, (backbone, points) in enumerate(alone.items()):
             colour, marker, line = look(index)
-            points = sorted((p for p in points if pd.notna(p[1].values[column])), key=lambda p: p[0])
+            points = sorted((p for p in points if pd.notna(p[1].values.get(column))), key=lambda p: p[0])
             halves = [row.values.get(tables.interval(column), float("nan")) for _, row in points]
             axis.errorbar([v for v, _ in points], [row.values[column] for _, row in points],
                           yerr=None if all(map(pd.isna, halves)) else np.nan_to_num(halves),

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from bench.record import Record
 from bench.report.groups import collect
-from bench.tasks import TASKS
+from bench.tasks import TASKS, headline
 
 Verdict = Literal["worse", "better", "same", "noise", "new", "gone", "unreadable", "other device"]
 BAD = ("worse", "gone", "unreadable")  # what a gate does not let through
@@ -172,7 +172,7 @@ def _noise_of_medians(a: Sequence[float], b: Sequence[float]) -> float:
 
 def _metrics(name: str, one: Sequence[Record], other: Sequence[Record], thresholds: Thresholds) -> Iterator[Change]:
     for task in one[0].spec.tasks:
-        metric = TASKS[task].headline
+        metric = headline(task, (r.metrics.get(task, {}) for r in (*one, *other) if r.status == "ok"))
         found = [
             {r.spec.seed: v for r in records if (v := r.metrics.get(task, {}).get(metric.key)) is not None}
             for records in (one, other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -15,6 +16,7 @@ from bench.errors import BenchError
 from bench.record import Found, Record, scan
 from bench.report import published
 from bench.spec import RunSpec
+from bench.tasks import TASKS, Metric, headline
 
 FAMILIES = ("fine-tuning", "single-task PEFT", "multi-task PEFT")
 
@@ -70,12 +72,23 @@ class Group:
     def trained(self) -> bool:
         return self.spec.steps != 0
 
+    @functools.cached_property
+    def headlines(self) -> Mapping[str, Metric]:
+        """Task -> the one metric of it that stands in this group's tables."""
+        return {task: headline(task, _figures_of(self.found, task)) for task in self.spec.tasks}
+
     def methods(self) -> list[list[Record]]:
         """The records of each method (its seeds), by family and then title."""
         by_method: dict[str, list[Record]] = {}
         for item in self.found:
             by_method.setdefault(item.record.spec.method, []).append(item.record)
         return sorted(by_method.values(), key=lambda records: _order(records[0]))
+
+
+def _figures_of(found: Iterable[Found], task: str) -> list[Mapping[str, float | None]]:
+    """A task's figures, metric key -> value, in each good record that has some."""
+    figures = (item.record.metrics.get(task) for item in found if item.record.status == "ok")
+    return [each for each in figures if each]
 
 
 def flat(setting: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -233,6 +246,13 @@ def _group(setting: str, place: Place, members: Sequence[Found], any_device: boo
         marks.append(
             "rows were not tuned alike: where the best rate was at the edge, some tried others beyond it, some did not"
         )
+    for task in spec.tasks:
+        figures, wanted = _figures_of(kept, task), TASKS[task].headline
+        without = sum(wanted.key not in each for each in figures)
+        if 0 < without < len(figures):
+            title = headline(task, figures).title
+            lacking = f"{without} of {len(figures)} records have no {wanted.title}"
+            marks.append(f"{TASKS[task].title} is told by {title}: {lacking}")
     if weights == "random":
         marks.insert(0, "RANDOM BACKBONE WEIGHTS, nothing was pretrained: accuracy and Delta-m do not rank the methods")
     if any_device and len(devices) > 1:

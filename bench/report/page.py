@@ -55,7 +55,8 @@ def _rows(number: int, group: Group, reference: str | None) -> list[dict[str, An
     }  # fmt: skip
     rows: list[dict[str, Any]] = [
         {"method": floor[tables.METHOD], "anchor": "", "group": number, "family": floor[tables.FAMILY], "#TP M": 0.0,
-         "status": "floor", "source": common["source"], **{_task(t): floor[tables.headline(t)] for t in spec.tasks}}
+         "status": "floor", "source": common["source"]}
+        | {_task(group, task): floor[tables.headline(group, task)] for task in spec.tasks}
         | common for floor in tables.floors(group)
     ]  # fmt: skip
     printed_rows = {}
@@ -63,7 +64,7 @@ def _rows(number: int, group: Group, reference: str | None) -> list[dict[str, An
         values = tables.measured_row(group, records, against) | tables.cost_row(group, records)
         anchor = f"m{number}-{records[0].spec.hash}"
         row = {"method": values[tables.METHOD], "anchor": anchor, "group": number, "family": values[tables.FAMILY]}
-        row |= {_task(task): values[tables.headline(task)] for task in spec.tasks}
+        row |= {_task(group, task): values[tables.headline(group, task)] for task in spec.tasks}
         row |= {
             "Δm %": values[tables.DELTA], "#TP M": values.get(tables.TP), "passes": values[tables.PASSES],
             "GMAC": values[tables.MACS], MEMORY[cpu]: values[tables.CPU_PROCESS if cpu else tables.CUDA_ALLOCATED],
@@ -76,7 +77,7 @@ def _rows(number: int, group: Group, reference: str | None) -> list[dict[str, An
         cost = published.efficiency_rows([printed["row"]], spec.backbone).to_dict("records")
         row = {"method": f"{printed['row']} {published.MARK}", "anchor": "", "group": number,
                "family": printed_rows[printed["row"]]}  # fmt: skip
-        row |= {_task(task): printed[task] for task in spec.tasks if task in published.TASKS}
+        row |= {_task(group, task): printed[task] for task in spec.tasks if task in published.TASKS}
         row |= {
             # Against the paper's single-task row: under another reference it has none.
             "Δm %": printed["delta_m"] if reference is None else None, "#TP M": printed["tp_m"], "status": "published",
@@ -89,8 +90,8 @@ def _rows(number: int, group: Group, reference: str | None) -> list[dict[str, An
     return rows
 
 
-def _task(task: str) -> str:
-    metric = TASKS[task].headline
+def _task(group: Group, task: str) -> str:
+    metric = group.headlines[task]
     return f"{TASKS[task].title} {metric.title} {metric.unit} {'↑' if metric.higher_is_better else '↓'}"
 
 
@@ -189,7 +190,7 @@ def _plots(groups: Sequence[Group], rows: Sequence[dict[str, Any]]) -> str:
 
 def _plot(group: Group, rows: Sequence[dict[str, Any]]) -> go.Figure | None:
     """Every figure of accuracy against every cost, chosen from a list, with the front; None where there is none."""
-    goods = {"Δm %": True} | {_task(t): TASKS[t].headline.higher_is_better for t in group.spec.tasks}
+    goods = {"Δm %": True} | {_task(group, t): group.headlines[t].higher_is_better for t in group.spec.tasks}
     pairs = [
         (x, y) for y in goods for x in COSTS if any(pd.notna(row.get(x)) and pd.notna(row.get(y)) for row in rows)
     ]  # fmt: skip

@@ -114,8 +114,9 @@ def _measured(table: PaperTable, group: Group, records: list[Record]) -> dict[st
     accuracy = tables.measured_row(group, records, tables.baseline(group))
     cost = tables.cost_row(group, records)
     cpu = group.spec.device_kind == "cpu"
+    headlines = {task: tables.headline(group, task) for task in published.TASKS if task in group.spec.tasks}
     values = {
-        **{task: accuracy.get(tables.headline(task)) for task in published.TASKS},
+        **{task: accuracy[headlines[task]] if task in headlines else None for task in published.TASKS},
         "delta_m": accuracy[tables.DELTA],
         "tp_m": accuracy.get(tables.TP),
         "encoder_m": accuracy.get(tables.TP, float("nan")) - accuracy.get(tables.TP_DECODER, float("nan")),
@@ -123,7 +124,7 @@ def _measured(table: PaperTable, group: Group, records: list[Record]) -> dict[st
         "memory_gb": cost[tables.CPU_PROCESS if cpu else tables.CUDA_ALLOCATED],
         "seconds_per_batch": cost[tables.CPU_MEDIAN if cpu else tables.CUDA_MEDIAN],
     }
-    intervals = {task: accuracy.get(tables.interval(tables.headline(task))) for task in published.TASKS}
+    intervals = {task: accuracy[tables.interval(column)] for task, column in headlines.items()}
     intervals["delta_m"] = accuracy[tables.interval(tables.DELTA)]
     out: dict[str, Any] = {f"{column}, {MEASURED}": values[column] for column in table.columns}
     out |= {f"{column}, ±95 %": intervals[column] for column in table.columns if column in intervals}

@@ -93,10 +93,10 @@ def signed(value: float) -> str:
 def accuracy_sheet(group: Group, table: pd.DataFrame, against: str) -> Sheet:
     views = []
     for task in group.spec.tasks:
-        metric = TASKS[task].headline
+        metric = group.headlines[task]
         arrow = "↑" if metric.higher_is_better else "↓"
         write = two if metric.unit in ("%", "deg") else three
-        column, header = tables.headline(task), f"{TASKS[task].title} {metric.title} {metric.unit}{SPACE}{arrow}"
+        column, header = tables.headline(group, task), f"{TASKS[task].title} {metric.title} {metric.unit}{SPACE}{arrow}"
         # Nothing is marked best where the weights are random: those figures rank nothing.
         better = 0 if group.random else 1 if metric.higher_is_better else -1
         plus_minus = functools.partial(lambda write, value: f"±{write(value)}", write)

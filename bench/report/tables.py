@@ -44,9 +44,9 @@ HOST_BOUND = "the GPU waits for the host: its time is Python's, a larger batch o
 ENOUGH = 5  # samples for a 90th percentile: of fewer it is hardly another figure than the largest
 
 
-def headline(task: str) -> str:
+def headline(group: Group, task: str) -> str:
     """Column name of a task's headline figure: name, unit and direction, e.g. 'Normals mean error (deg) ↓'."""
-    metric = TASKS[task].headline
+    metric = group.headlines[task]
     unit = f" ({metric.unit})" if metric.unit else ""
     return f"{TASKS[task].title} {metric.title}{unit} {'↑' if metric.higher_is_better else '↓'}"
 
@@ -161,9 +161,11 @@ def accuracy_table(group: Group, reference: str | None = None, *, strict: bool =
     rows += measured
     families = {records[0].method.published_row: records[0].method.family for records in group.methods()}
     for printed in published.accuracy_rows(set(families), group.spec.backbone).to_dict("records"):
-        metrics = {headline(task): printed[task] for task in group.spec.tasks if task in published.TASKS}
+        metrics = {headline(group, task): printed[task] for task in group.spec.tasks if task in published.TASKS}
         rows.append(_printed(group, printed, families, reference) | metrics)
-    columns = [column for task in group.spec.tasks for column in (headline(task), interval(headline(task)))]
+    columns = [
+        column for task in group.spec.tasks for column in (headline(group, task), interval(headline(group, task)))
+    ]
     return _frame(rows, [METHOD, FAMILY, *columns, DELTA, interval(DELTA), DELTA_NOTE, P_VALUE, TP, TP_PRINTED])
 
 
@@ -175,7 +177,7 @@ def measured_row(group: Group, records: Sequence[Record], against: Baseline) -> 
         deltas = deltas[:1]
     row = _common(group, records) | _delta_cells(figures, against) | {interval(DELTA): half_width(deltas)}
     for task in group.spec.tasks:
-        row |= {headline(task): figures[task].mean(), interval(headline(task)): half_width(figures[task])}
+        row |= {headline(group, task): figures[task].mean(), interval(headline(group, task)): half_width(figures[task])}
     still = sorted({task for record in records if record.status == "ok" for task in not_fallen(record)})
     told = f"the training loss did not fall in {', '.join(TASKS[task].title for task in still)}" if still else ""
     notes = [row[NOTE], told, hinge(figures.mean().to_dict(), against)]
@@ -232,7 +234,7 @@ def floors(group: Group) -> list[dict[str, Any]]:
     for name, title in (("floor", "Constant prediction"), ("floor_map", "Constant per pixel")):
         floor = next((found for item in group.found if (found := getattr(item.record, name))), None)
         if floor:
-            metrics = {headline(t): floor.get(t, {}).get(TASKS[t].headline.key) for t in group.spec.tasks}
+            metrics = {headline(group, t): floor.get(t, {}).get(group.headlines[t].key) for t in group.spec.tasks}
             about = {METHOD: title, FAMILY: "floor", STATUS: "floor", SOURCE: "measured", TP: 0.0}
             rows.append(about | metrics)
     return rows
@@ -320,7 +322,8 @@ def _counted(records: Sequence[Record]) -> list[Record]:
 def _figures(group: Group, records: Sequence[Record]) -> pd.DataFrame:
     """One row a good seed (one of NaN where there is none), by seed, one column a task: the headline figures."""
     good = [record for record in records if record.status == "ok"]
-    rows = [{t: r.metrics.get(t, {}).get(TASKS[t].headline.key) for t in group.spec.tasks} for r in good] or [{}]
+    keys = {task: group.headlines[task].key for task in group.spec.tasks}
+    rows = [{task: r.metrics.get(task, {}).get(key) for task, key in keys.items()} for r in good] or [{}]
     seeds = [record.spec.seed for record in good] or [records[0].spec.seed]
     return pd.DataFrame(rows, index=seeds, columns=list(group.spec.tasks), dtype=float)
 

@@ -33,7 +33,8 @@ def evaluate(
     device = accelerator.device
     was_training = model.training
     model.eval()
-    accumulators = {task: metrics.make(task, n).to(device) for task, n in channels.items()}
+    labels = dataset.card.tasks
+    accumulators = {task: metrics.make(task, n, labels[task].tolerance).to(device) for task, n in channels.items()}
     finite = {task: torch.tensor(True, device=device) for task in channels}  # read once: each reading waits for a GPU
     batches = validation_batches(dataset, batch_size, workers, device.type == "cuda")
     for index, host_batch in enumerate(batches):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.data.decode import IGNORE
 from bench.data.loader import labelled_parts
-from bench.tasks import TASKS
+from bench.tasks import EDGE_TOLERANCE, TASKS
 from bench.train import metrics
 
 CERTAIN = 20.0  # a logit that no threshold exceeds
@@ -96,15 +96,19 @@ def better(one: Scores, other: Scores) -> Scores:
 
 
 def score_floors(
-    floors: Iterable[Mapping[str, Tensor]], batches: Iterable[Mapping[str, Tensor]], channels: Mapping[str, int]
+    floors: Iterable[Mapping[str, Tensor]],
+    batches: Iterable[Mapping[str, Tensor]],
+    channels: Mapping[str, int],
+    tolerance: float = EDGE_TOLERANCE,
 ) -> list[Scores]:
     """Metrics of predictions that are the same for every image, as `evaluate` gives them for a model.
 
-    A floor maps tasks, all or some, to logits (C, 1, 1) or (C, H, W), which are resized to the labels.
+    A floor maps tasks, all or some, to logits (C, 1, 1) or (C, H, W), which are resized to the labels. `tolerance` is
+    that of edges, a share of the diagonal.
     """
     floors = list(floors)
     accumulators = [
-        {task: metrics.make(task, channels[task]) for task in channels if task in floor} for floor in floors
+        {task: metrics.make(task, channels[task], tolerance) for task in channels if task in floor} for floor in floors
     ]
     for batch in batches:
         for task in channels:

@@ -228,6 +228,7 @@ def test_the_fingerprint_changes_with_what_decides_the_data():
     card, train, val, tasks = Card(**GOOD), ["1", "2"], ["3"], ("semseg", "depth")
     base = cards.fingerprint(card, train, val, tasks)
     depth = card.tasks["depth"].model_copy(update={"scale": 0.001})
+    far = card.tasks["depth"].model_copy(update={"tolerance": 0.011})
     others = {
         cards.fingerprint(card, ["1"], val, tasks),
         cards.fingerprint(card, ["2", "1"], val, tasks),
@@ -235,8 +236,9 @@ def test_the_fingerprint_changes_with_what_decides_the_data():
         cards.fingerprint(card, train, val, ("semseg",)),
         cards.fingerprint(card.model_copy(update={"image": "others/{id}.jpg"}), train, val, tasks),
         cards.fingerprint(card.model_copy(update={"tasks": card.tasks | {"depth": depth}}), train, val, tasks),
+        cards.fingerprint(card.model_copy(update={"tasks": card.tasks | {"depth": far}}), train, val, tasks),
     }
-    assert len(others) == 6 and base not in others
+    assert len(others) == 7 and base not in others
     assert cards.fingerprint(card.model_copy(update={"title": "Reworded"}), train, val, tasks) == base
 
 

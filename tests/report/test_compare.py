@@ -68,6 +68,15 @@ def test_what_counts(tmp_path, before, after, figure, verdict):
     assert code == (1 if verdict == "worse" else 0)
 
 
+def test_a_metric_that_only_one_side_has_is_not_compared(tmp_path):
+    """The baseline is from before odsF was measured: edges are compared by what both have."""
+    before, after = {"max_f": 20.0}, {"ods_f": 40.0, "max_f": 10.0}
+    both(tmp_path, {"metrics": {"edge": before}}, {"metrics": {"edge": after}}, figures={"edge": 1.0})
+    assert {figure: told for figure, told in verdicts(tmp_path).items() if "Edge" in figure} == {
+        "Edge max F, pixelwise": "worse"
+    }
+
+
 def test_a_gpus_memory_is_held_to_two_percent(tmp_path):
     peak = {"device": "cuda", "peak_reserved": 1}
     both(tmp_path, {"memory": Memory(peak_allocated=100, **peak)}, {"memory": Memory(peak_allocated=103, **peak)},

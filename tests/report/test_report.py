@@ -207,6 +207,34 @@ def test_what_differs_never_shares_a_table(tmp_path, change):
     assert {len(measured(tables.efficiency_table(group))) for group in split} == {1}
 
 
+def edges(out, method, figures, **changes):
+    return make(
+        out, method, {"semseg": 50.0, "edge": 1.0}, metrics={"semseg": {"mIoU": 50.0}, "edge": figures}, **changes
+    )
+
+
+def test_a_metric_that_older_records_lack(tmp_path):
+    """odsF where all have it; else what all have, by its own name, in every row and in Delta-m alike."""
+    both = {"ods_f": 40.0, "max_f": 20.0}
+    edges(tmp_path / "new", "ours", both, floor={"edge": {"ods_f": 4.0, "max_f": 2.0}})
+    edges(tmp_path / "new", "single_task_full", {"ods_f": 50.0, "max_f": 16.0})
+    table = measured(tables.accuracy_table(only(tmp_path / "new")))
+    assert table["Edge odsF (%) ↑"].tolist() == [4.0, 50.0, 40.0]
+    assert table[tables.DELTA].tolist()[1:] == pytest.approx([0, -10])
+    assert not any("odsF" in mark for mark in only(tmp_path / "new").marks)
+
+    for folder, marked in (("mixed", True), ("old", False)):
+        edges(tmp_path / folder, "ours", both if marked else {"max_f": 20.0})
+        edges(tmp_path / folder, "single_task_full", {"max_f": 16.0})
+        edges(tmp_path / folder, "mtlora", {}, status="failed", failure=Failure(kind="Error", message="died"))
+        group = only(tmp_path / folder)
+        table = measured(tables.accuracy_table(group))
+        assert "Edge odsF (%) ↑" not in table
+        column = table["Edge max F, pixelwise (%) ↑"]
+        assert column.dropna().tolist() == [16.0, 20.0] and table[tables.DELTA].max() == pytest.approx(12.5)
+        assert ("Edge is told by max F, pixelwise: 1 of 2 records have no odsF" in group.marks) == marked
+
+
 def test_names_of_a_recipe_do_not_split(tmp_path):
     make(tmp_path, "ours")
     make(tmp_path, "mtlora", recipe=recipe(title="The same in other words"), recipe_name="mine")

@@ -8,10 +8,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from skimage.morphology import thin
 
-from bench.tasks import TASKS
+from bench.tasks import EDGE_TOLERANCE, TASKS
+from bench.train.edge_lines import lines
 from bench.train.losses import synthetic_label
 from bench.train.metrics import DepthError, EdgeF, MaxMeanIoU, MeanIoU, NormalsError, make
+from tests.train.test_edge_lines import most_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
 
@@ -101,7 +104,20 @@ def edge(logits, label):
         marked = p[y != 255] >= threshold
         true = y[y != 255] == 1
         best = max(best, 2 * (marked & true).sum() / (marked.sum() + true.sum()))
-    return {"max_f": 100 * best}
+    return {"ods_f": ods_f(p, y), "max_f": 100 * best}
+
+
+def ods_f(p, y, tolerance=EDGE_TOLERANCE):
+    """Lines are those of bench.train.edge_lines; matched by scipy, at one threshold after the other."""
+    drawn = [lines(image * (truth != 255)) for image, truth in zip(p, y, strict=True)]
+    true = [thin(truth == 1) for truth in y]
+    distance = tolerance * math.hypot(*y.shape[1:])
+    best = 0
+    for threshold in np.arange(1, 100) / 100:
+        marked = [strengths >= threshold for strengths in drawn]
+        hits = sum(most_pairs(m, t, distance) for m, t in zip(marked, true, strict=True))
+        best = max(best, 2 * hits / sum(mask.sum() for mask in (*marked, *true)))
+    return 100 * best
 
 
 ApproxBase = type(pytest.approx(0)).__mro__[1]
@@ -167,7 +183,6 @@ def test_without_a_label_there_is_no_figure(task):
             },
         ),
         ("depth", lambda y: y[:, None], {"rmse": 0, "abs_rel": 0}),
-        ("edge", lambda y: 20 * y[:, None] - 10, {"max_f": 100}),
     ],
 )
 def test_a_perfect_prediction(task, perfect, expected):
@@ -304,10 +319,50 @@ def test_edge_f_by_hand():
     p, y = [0.9, 0.8, 0.7, 0.2, 0.6], [1, 0, 1, 1, 255]
     metric.update(torch.logit(torch.tensor([[[p]]])), torch.tensor([[y]]).float())
     # Marking everything: 2 * 3 / (4 + 3) beats 2 / 4, 2 / 5 and 4 / 6.
-    assert metric.compute() == {"max_f": pytest.approx(600 / 7)}
+    assert metric.compute() == {"ods_f": 0, "max_f": pytest.approx(600 / 7)}  # a row of pixels has no ridges
+
+
+def outline(*widths):
+    """(1, 30, 30): the outlines of squares about the middle of an image, 40 pixels where the width is 11."""
+    label = torch.zeros(1, 30, 30)
+    for width in sorted(widths, reverse=True):
+        low, high = 15 - width // 2, 16 + width // 2
+        label[0, low:high, low:high], label[0, low + 1 : high - 1, low + 1 : high - 1] = 1, 0
+    return label
+
+
+def score_edges(drawn, label, reach):
+    """With a tolerance of so many pixels."""
+    metric = EdgeF(reach / math.hypot(30, 30))
+    metric.update(20 * drawn[:, None] - 10, label)
+    return metric.compute()
+
+
+def test_edge_found_where_they_are_and_nearby():
+    """The outline itself, and moved by a pixel or two: found within the tolerance alone."""
+    label = outline(11)
+    scores = {
+        (shift, reach): score_edges(label.roll(shift, -1), label, reach)
+        for shift in (0, 1, 2)
+        for reach in (0.9, 1.1, 2.3)
+    }
+    assert all(scores[0, reach]["ods_f"] == pytest.approx(100) for reach in (0.9, 1.1, 2.3))
+    assert scores[1, 0.9]["ods_f"] < 60 and scores[2, 1.1]["ods_f"] < 60
+    assert scores[1, 1.1]["ods_f"] == scores[2, 2.3]["ods_f"] == pytest.approx(100)
+    assert scores[0, 0.9]["max_f"] == 100 and scores[1, 1.1]["max_f"] == scores[1, 2.3]["max_f"] < 60
+
+
+def test_edge_drawn_twice_counts_once():
+    """A truth two pixels wide is one line, and of two predicted lines beside each other one is wrong."""
+    label = outline(11)
+    wide = label + outline(13)
+    assert score_edges(label, wide, 2)["ods_f"] == pytest.approx(100, abs=5)
+    # 40 of the 56 + 24 are matched, since the true ones are no more: 2 * 40 / (80 + 40).
+    assert score_edges(outline(15, 7), label, 3)["ods_f"] == pytest.approx(200 / 3)
 
 
 def test_edge_without_edges_in_the_prediction():
     metric = EdgeF()
     metric.update(torch.full((1, 1, 1, 4), -50.0), torch.tensor([[[1.0, 0, 0, 0]]]))
-    assert metric.compute() == {"max_f": pytest.approx(40)}  # only the threshold zero marks anything: all of it
+    # Only the threshold zero marks anything, all of it; and there it is no line.
+    assert metric.compute() == {"ods_f": 0, "max_f": pytest.approx(40)}

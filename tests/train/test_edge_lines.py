@@ -1,0 +1,121 @@
+"""Lines and their matching against scikit-image, scipy's maximum matching and the papers' procedure step by step."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy.ndimage import gaussian_filter
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_bipartite_matching
+from skimage.morphology import thin
+
+from bench.train.edge_lines import LEVELS, lines, matched, ridges, thinned
+
+SEEDS = range(40)
+
+
+def most_pairs(predicted, truth, distance):
+    """The size of a maximum matching of two masks' pixels, by scipy."""
+    p, t = np.argwhere(predicted), np.argwhere(truth)
+    if not len(p) or not len(t):
+        return 0
+    near = np.hypot(*(p[:, None] - t).transpose(2, 0, 1)) <= distance
+    return (maximum_bipartite_matching(csr_array(near), perm_type="column") >= 0).sum()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_thinned_as_scikit_image_does(seed):
+    generator = np.random.default_rng(seed)
+    mask = generator.random(generator.integers(1, 40, 2)) < generator.choice([0.3, 0.5, 0.8, 0.95])
+    mask |= gaussian_filter(generator.normal(size=mask.shape), 2) > 0.1  # blobs and lines
+    assert np.array_equal(thinned(mask), thin(mask))
+    assert np.array_equal(thinned(thinned(mask)), thinned(mask))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_as_many_are_matched_as_can_be_at_every_threshold(seed):
+    generator = np.random.default_rng(seed)
+    shape = generator.integers(2, 14, 2)
+    strengths = np.where(generator.random(shape) < generator.choice([0.1, 0.4, 0.9]), generator.random(shape), 0)
+    truth = generator.random(shape) < generator.choice([0.05, 0.3, 0.8])
+    distance = generator.choice([0.5, 1, 1.5, 2, 3.2, 20])
+    found = matched(strengths, truth, distance)[::-1].cumsum()[::-1]
+    for level in range(1, LEVELS):
+        assert found[level] == most_pairs(strengths >= level / LEVELS, truth, distance)
+
+
+def test_a_later_pixel_takes_what_an_earlier_one_can_do_without():
+    """b, the second, can only have x; a took it, though it could have had y."""
+    strengths = np.array([[0, 0.5, 0.9, 0]])
+    for truth in ([[1, 0, 0, 1]], [[1, 0, 1, 0]], [[0, 0, 1, 1]]):
+        assert matched(strengths, np.array(truth, bool), 1).sum() == 2
+    assert matched(strengths, np.array([[0, 0, 0, 1]], bool), 1).tolist() == [int(k == 90) for k in range(LEVELS)]
+
+
+def test_the_distance_is_euclidean_and_included():
+    strengths = np.zeros((9, 9))
+    strengths[4, 4] = 1
+    for y, x in np.ndindex(9, 9):
+        truth = np.zeros((9, 9), bool)
+        truth[y, x] = True
+        assert matched(strengths, truth, math.sqrt(5)).sum() == (math.hypot(y - 4, x - 4) <= math.sqrt(5))
+
+
+def blurred(angle, size=41, width=2.0):
+    """Probabilities of a line through the middle, as wide as a network draws one, and each pixel's distance from it."""
+    y, x = np.mgrid[:size, :size] - size // 2
+    distance = np.abs(x * math.sin(angle) - y * math.cos(angle))
+    return 0.9 * np.exp(-((distance / width) ** 2) / 2), distance
+
+
+@pytest.mark.parametrize("degrees", [0, 20, 45, 70, 90, 110, 135, 160])
+def test_a_blurred_line_becomes_a_line(degrees):
+    probability, distance = blurred(math.radians(degrees))
+    found = lines(probability) > 0
+    inside = np.zeros_like(found)
+    inside[6:-6, 6:-6] = True
+    assert distance[found & inside].max() <= 1.5
+    # A pixel's width, all along: as many pixels as the longer of its two sides has.
+    length = found[6:-6, 6:-6].sum()
+    assert 27 <= length <= 32, length
+
+
+def test_strengths_are_the_probabilities_and_fall_to_zero_at_the_rim():
+    probability, _ = blurred(0)
+    found = ridges(probability)[20]
+    assert found[5:-5] == pytest.approx(probability[20, 5:-5])
+    assert found[:6] == pytest.approx(probability[20, :6] * np.array([0, 0.2, 0.4, 0.6, 0.8, 1]))
+    assert found[-6:] == pytest.approx(found[:6][::-1])
+
+
+def test_where_nothing_stands_out_there_are_no_lines():
+    assert not lines(np.full((30, 40), 0.7)).any()
+    assert not lines(np.full((1, 4), 0.7)).any()
+    ramp = np.tile(np.linspace(0.2, 0.8, 40), (30, 1))
+    assert (lines(ramp) > 0)[6:-6, 6:-6].sum() < 30
+
+
+def test_close_to_thinning_at_every_threshold():
+    """Thinning once moves the figure by less than a tenth; soft and noisy predictions of ragged boundaries."""
+    ours, theirs = np.zeros((2, LEVELS)), np.zeros((2, LEVELS))
+    total = 0
+    for seed in range(6):
+        generator = np.random.default_rng(seed)
+        regions = gaussian_filter(generator.normal(size=(72, 96)), 6) > 0
+        truth = thin(regions ^ np.roll(regions, 1, 0) | regions ^ np.roll(regions, 1, 1))
+        noise = gaussian_filter(generator.normal(size=truth.shape), 2)
+        soft = gaussian_filter(truth.astype(float), 1.5)
+        probability = np.clip(2.5 * soft + 0.6 * noise, 0, 1)
+        distance = 0.011 * math.hypot(*truth.shape)
+        total += truth.sum()
+        drawn, strengths = lines(probability), ridges(probability)
+        found = matched(drawn, truth, distance)[::-1].cumsum()[::-1]
+        for level in range(5, LEVELS, 5):
+            ours[:, level] += found[level], (drawn >= level / LEVELS).sum()
+            line = thin(strengths >= level / LEVELS)
+            theirs[:, level] += most_pairs(line, truth, distance), line.sum()
+    f_ours, f_theirs = (200 * hits / (marked + total) for hits, marked in (ours, theirs))
+    assert 50 < f_theirs.max() < 95
+    assert f_ours.max() == pytest.approx(f_theirs.max(), abs=0.1)
