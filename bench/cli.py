@@ -506,6 +506,46 @@ def predict(
 
 @app.command()
 @one_line_errors
+def evaluate(
+    record: RECORD,
+    folder: Annotated[Path, typer.Option("--folder", help="Where to look for a hash.")] = Path("runs"),
+    weights: BACKBONE_WEIGHTS = None,
+    dataset: RECORD_CARD = None,
+    data_root: Annotated[Path | None, typer.Option(help="Folder that the card's files lie in.")] = None,
+    eval_size: Annotated[
+        str | None, typer.Option(help="network, or original: at the labels' own size. (default: the record's)")
+    ] = None,
+    limit_val: Annotated[
+        int | None, typer.Option(min=1, help="At most so many images. (default: the record's)")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="(default: the record's)")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
+) -> None:
+    """A trained cell's metrics on its validation images again: elsewhere, by today's code, or at original size."""
+    from typing import get_args
+
+    from bench import grid
+    from bench.spec import EvalSize
+    from bench.verbs import trained
+
+    if eval_size is not None:
+        grid.one_of("eval-size", eval_size, get_args(EvalSize))
+    if out is not None and out.is_dir():
+        raise BenchError(f"--out {out} is a folder; name a file")
+    place = grid.resolve_device(device, "fp32")
+    cell = trained.load(record, folder, weights, dataset)
+
+    from bench.verbs import evaluate
+
+    console = Console()
+    scores = evaluate.score(cell, data_root, place, eval_size, limit_val, batch_size, workers, console)
+    evaluate.write(cell, scores, place, out, console)
+
+
+@app.command()
+@one_line_errors
 def export(
     record: RECORD,
     folder: Annotated[Path, typer.Option("--folder", help="Where to look for a hash.")] = Path("runs"),

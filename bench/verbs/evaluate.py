@@ -1,0 +1,165 @@
+"""`bench evaluate`: a trained cell scored again: on another machine, by today's code, or on labels of original size."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Column, Table
+
+from bench.data import card as cards
+from bench.data.loader import DenseDataset
+from bench.errors import BenchError
+from bench.grid import Device
+from bench.measure import code, cuda, provenance
+from bench.record import write_atomically
+from bench.report.render import say
+from bench.report.sheets import MISSING
+from bench.spec import EvalSize, Precision
+from bench.tasks import TASKS
+from bench.train import evaluation
+from bench.verbs.trained import Trained
+
+SAME = 1e-4  # relative difference up to which rounding explains it
+
+
+@dataclass(frozen=True)
+class Scores:
+    """`metrics`: task -> metric key -> value; `per_class`: task -> class -> IoU; `differs`: in what this evaluation is
+    another than that of the record."""
+
+    metrics: dict[str, dict[str, float | None]]
+    per_class: dict[str, dict[str, float | None]]
+    images: int
+    differs: tuple[str, ...]
+
+
+def score(
+    trained: Trained,
+    root: Path | None,
+    place: Device,
+    eval_size: EvalSize | None,
+    limit: int | None,
+    batch_size: int | None,
+    workers: int,
+    console: Console,
+) -> Scores:
+    """The metrics that `bench run` would have written; where an argument is None, as the record's run had it.
+
+    Raises BenchError for data that is missing or unreadable, and for predictions that are not finite.
+    """
+    spec, card = trained.record.spec, trained.card
+    chosen, most = eval_size or spec.eval_size, limit or spec.limit_val
+    precision = spec.precision if place.name or spec.precision == "bf16" else "fp32"
+    cuda.set_up(precision)
+    if place.name:
+        torch.cuda.set_device(place.index)
+    mixed = precision if precision in ("bf16", "fp16") else "no"
+    accelerator = Accelerator(mixed_precision=mixed, cpu=not place.name)
+    samples = DenseDataset(
+        card,
+        "val",
+        spec.tasks,
+        spec.image_size,
+        root,
+        most,
+        original_labels=chosen == "original",
+        skipped=spec.skipped,
+    )
+    model = accelerator.prepare_model(trained.model, evaluation_mode=True)
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task(f"{len(samples)} images")
+        values, per_class = evaluation.evaluate(
+            model,
+            samples,
+            card.channels(spec.tasks),
+            batch_size or spec.batch_size,
+            workers,
+            accelerator,
+            lambda step, total: progress.update(bar, completed=step, total=total),
+        )
+    classes = {task: card.tasks[task].classes for task in per_class}
+    return Scores(
+        {t: {key: v if math.isfinite(v) else None for key, v in figures.items()} for t, figures in values.items()},
+        {task: dict(zip(classes[task], found, strict=True)) for task, found in per_class.items()},
+        len(samples),
+        tuple(_differences(trained, root, place, chosen, most, precision)),
+    )
+
+
+def _differences(
+    trained: Trained, root: Path | None, place: Device, eval_size: EvalSize, limit: int | None, precision: Precision
+) -> list[str]:
+    spec, seen = trained.record.spec, trained.record.provenance
+    found = []
+    if eval_size != spec.eval_size:
+        found.append(f"at {eval_size} size, not {spec.eval_size}")
+    if limit != spec.limit_val:
+        found.append(f"at most {limit} images, not {spec.limit_val or 'all'}")
+    elif not _same_data(trained, root):
+        found.append("the card or the files are not those of the record")
+    if precision != spec.precision:
+        found.append(f"{precision}, not {spec.precision}")
+    if place.slug != spec.device:
+        found.append(f"on {place.slug}, not {spec.device}")
+    if seen is None or seen.code != code.fingerprint(spec.method):
+        found.append(f"by other code{f' than that of commit {seen.commit[:8]}' if seen and seen.commit else ''}")
+    return found
+
+
+def _same_data(trained: Trained, root: Path | None) -> bool:
+    """Whether the data has the record's fingerprint; training images have a part in it, and may not be here."""
+    from bench.data import subset
+
+    spec, card = trained.record.spec, trained.card
+    try:
+        train, val = (
+            subset.ids(card, split, root, limit, spec.tasks, spec.skipped)
+            for split, limit in (("train", spec.limit_train), ("val", spec.limit_val))
+        )
+        sizes = [file.st_size for names in (train, val) for file in cards.check_files(card, root, names, spec.tasks)]
+    except BenchError:
+        return False
+    return cards.fingerprint(card, train, val, spec.tasks, sizes) == spec.data_fingerprint
+
+
+def write(trained: Trained, scores: Scores, place: Device, out: Path | None, console: Console) -> None:
+    """Print the figures beside the record's, and write them to `out` where one is given."""
+    table = Table("task", "metric", *(Column(name, justify="right") for name in ("record", "now", "change")))
+    moved = False
+    for task, figures in scores.metrics.items():
+        for metric in TASKS[task].metrics:
+            before, now = trained.record.metrics.get(task, {}).get(metric.key), figures.get(metric.key)
+            change = MISSING
+            if before and now is not None:
+                moved |= abs(now / before - 1) > SAME
+                change = "same" if abs(now / before - 1) <= SAME else f"{now / before - 1:+.2%}"
+            unit = f" {metric.unit}".rstrip()
+            told = (MISSING if value is None else f"{value:.4g}{unit}" for value in (before, now))
+            table.add_row(TASKS[task].title, metric.title, *told, change)
+    console.print(table)
+    spec = trained.record.spec
+    say(console, f"{spec.method} on {spec.dataset}, seed {spec.seed}: {scores.images} images")
+    for line in scores.differs:
+        say(console, f"not as in the record: {line}")
+    if moved and not scores.differs:
+        say(console, "warning: nothing but the figures differs from the record's run", "yellow")
+    if out is not None:
+        about = provenance.describe(place.slug, place.name)
+        content = {
+            "record": str(trained.path),
+            "trained_sha256": trained.record.trained_sha256,
+            "images": scores.images,
+            "differs": list(scores.differs),
+            "metrics": scores.metrics,
+            "per_class": scores.per_class,
+            "provenance": about.model_dump(mode="json"),
+        }
+        write_atomically(out, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        say(console, f"wrote {out}")

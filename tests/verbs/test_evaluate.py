@@ -1,0 +1,121 @@
+"""`bench evaluate`: the figures of a run once more, and what it says where they cannot be the same."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from bench import record as records
+from bench.spec import trained_weights
+from tests.test_sweep import asked, bench, one_thread  # noqa: F401  a fixture for the module
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A cell on six images of files, whose labels are larger than the network's input."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    tasks = {
+        "semseg": {"path": "{id}-seg.png", "classes": ["a", "b", "c"]},
+        "depth": {"path": "{id}-depth.npy"},
+        "edge": {"path": "{id}-edge.png", "tolerance": 0.05},
+    }
+    card = {
+        "name": "small", "title": "Small", "image_size": SIZE, "image": "{id}.png",
+        "splits": {"train": "train.txt", "val": "val.txt"}, "tasks": tasks,
+    }  # fmt: skip
+    (folder / "small.yaml").write_text(yaml.safe_dump(card))
+    (folder / "train.txt").write_text("a b c")
+    (folder / "val.txt").write_text("d e f")
+    generator = np.random.default_rng(0)
+    for name in "abcdef":
+        seg = np.repeat(np.repeat(generator.integers(0, 3, (4, 6)), 12, 0), 12, 1).astype(np.uint8)
+        Image.fromarray(generator.integers(0, 256, (48, 72, 3), np.uint8)).save(folder / f"{name}.png")
+        Image.fromarray(seg).save(folder / f"{name}-seg.png")
+        Image.fromarray((seg != np.roll(seg, 1, 1)).astype(np.uint8)).save(folder / f"{name}-edge.png")
+        np.save(folder / f"{name}-depth.npy", generator.uniform(1, 5, (48, 72)))
+    card = ("--dataset", folder / "small.yaml", "--data-root", folder)
+    steps = {"steps": 3, "limit_train": 3, "loss_weights": {"semseg": 1, "depth": 1, "edge": 1}}
+    args = asked(folder, **steps)
+    done = bench(*args, *card, "--tasks", "semseg,depth,edge", "--out", folder / "runs", "--limit-val", 3)
+    assert done.exit_code == 0, done.output
+    (found,) = records.scan(folder / "runs")
+    return folder, found.path, found.record, card
+
+
+def evaluated(trained, *args):
+    folder, path, _, card = trained
+    out = folder / "scores.json"
+    done = bench("evaluate", "--record", path, *card, "--device", "cpu", "--out", out, *args)
+    assert done.exit_code == 0, done.output
+    return done.output, json.loads(out.read_text())
+
+
+def test_the_same_figures_as_the_run(trained):
+    output, scores = evaluated(trained)
+    record = trained[2]
+    for task, figures in record.metrics.items():
+        assert scores["metrics"][task] == pytest.approx(figures, rel=1e-6), task
+    assert scores["per_class"]["semseg"] == pytest.approx(record.per_class["semseg"])
+    assert scores["differs"] == [] and scores["images"] == 3
+    assert scores["trained_sha256"] == record.trained_sha256
+    assert scores["provenance"]["device"] == "cpu"
+    assert "not as in the record" not in output and "warning" not in output and "same" in output
+    assert "decoder_only on small, seed 0: 3 images" in output
+
+
+def test_what_is_asked_otherwise_is_said_and_done(trained):
+    output, scores = evaluated(trained, "--eval-size", "original", "--limit-val", 2, "--batch-size", 1)
+    assert scores["images"] == 2
+    assert scores["differs"] == ["at original size, not network", "at most 2 images, not all"]
+    assert "not as in the record: at original size, not network" in output
+    assert scores["metrics"]["depth"] != trained[2].metrics["depth"]
+
+
+def test_other_data_under_the_same_name_is_told(trained, tmp_path):
+    folder, path, record, _ = trained
+    for file in folder.iterdir():
+        if file.suffix in (".png", ".npy", ".txt", ".yaml"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    np.save(tmp_path / "d-depth.npy", np.full((48, 72), 2.5, np.float32))
+    args = ("evaluate", "--record", path, "--dataset", tmp_path / "small.yaml", "--data-root", tmp_path)
+    done = bench(*args, "--device", "cpu")
+    assert done.exit_code == 0 and "the card or the files are not those of the record" in done.output
+
+
+def test_figures_that_moved_for_no_reason_are_a_warning(trained, tmp_path):
+    """The record was edited, say; and a metric that it does not have is a dash."""
+    folder, path, record, card = trained
+    copy = tmp_path / path.name
+    content = json.loads(path.read_text())
+    content["metrics"]["depth"]["rmse"] *= 1.1
+    del content["metrics"]["edge"]["ods_f"]
+    copy.write_text(json.dumps(content))
+    trained_weights(copy).write_bytes(trained_weights(path).read_bytes())
+    done = bench("evaluate", "--record", copy, *card, "--device", "cpu")
+    assert done.exit_code == 0 and "warning: nothing but the figures differs" in done.output
+    (line,) = [line for line in done.output.splitlines() if "RMSE" in line]
+    assert "-9.09%" in line
+    (line,) = [line for line in done.output.splitlines() if "odsF" in line]
+    assert line.count("–") == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--eval-size", "orignal"), "did you mean 'original'"),
+        (("--data-root", "/no/such/folder"), "no such data folder"),
+        (("--device", "cuda:7"), "use --device cpu"),
+        (("--out", "."), "is a folder; name a file"),
+    ],
+)
+def test_bad_input_is_one_line(trained, args, message):
+    _, path, _, card = trained
+    done = bench("evaluate", "--record", path, *card, *args)
+    assert done.exit_code == 2 and message in done.output and "Traceback" not in done.output, done.output
+    assert len(done.output.strip().splitlines()) == 1
