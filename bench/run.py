@@ -6,7 +6,7 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +22,7 @@ from methods.registry import MethodError, parse
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.utils.data import DataLoader
 
     from bench.data.loader import DenseDataset
     from methods.backbones.base import Backbone
@@ -233,15 +234,21 @@ def _train_and_evaluate(cell: _Cell, record: Record, emit: Emit) -> None:
     record.history, record.loader_wait, record.cosines = progress.history, progress.loader_wait, progress.cosines
     record.preparation = progress.preparation
 
-    emit("phase", name="evaluate")
+    def watched(batches: DataLoader) -> Iterator[dict[str, Any]]:
+        for step, batch in enumerate(batches, 1):
+            yield batch
+            emit("step", step=step, total=len(batches))
+
     if spec.trial is None:
+        emit("phase", name="constant predictions")
         fit_set = cell.samples("train", names=evenly_spaced(train_set.names, FLOOR_SAMPLES))
         fit, score = (validation_batches(d, spec.batch_size, job.workers, pin=False) for d in (fit_set, val_set))
-        sums = sum_labels(fit, cell.channels)
+        sums = sum_labels(watched(fit), cell.channels)
         constants = best_constants(sums)
         floors = (constants, without_foreground(constants), best_maps(sums))
-        everywhere, nowhere, places = score_floors(floors, score, cell.channels, cell.card.edge_tolerance)
+        everywhere, nowhere, places = score_floors(floors, watched(score), cell.channels, cell.card.edge_tolerance)
         record.floor, record.floor_map = map(_finite, (better(everywhere, nowhere), places))
+    emit("phase", name="evaluate")
     values, per_class = evaluate(
         trainer.model,
         val_set,
