@@ -132,8 +132,10 @@ def matched(strengths: np.ndarray, truth: np.ndarray, distance: float) -> np.nda
         near_by = near_by[near_by >= 0]
         return near_by[~closed[near_by]]
 
-    grown = np.zeros(LEVELS, int)
+    grown, left = np.zeros(LEVELS, int), count
     for pixel, level in enumerate(levels[order].tolist()):
+        if not left:
+            break
         queue, asking, position, end = [], pixel, 0, -1
         while True:
             candidates = reachable(asking)
@@ -151,6 +153,7 @@ def matched(strengths: np.ndarray, truth: np.ndarray, distance: float) -> np.nda
             closed[queue] = True
             continue
         grown[level] += 1
+        left -= 1
         while end >= 0:
             giver = int(found_by[end])
             before = int(partner[giver])
