@@ -9,6 +9,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
+from scipy.special import expit
 from skimage.morphology import thin
 
 from bench.train.edge_lines import LEVELS, lines, matched, ridges, thinned
@@ -80,6 +81,58 @@ def test_a_blurred_line_becomes_a_line(degrees):
     # A pixel's width, all along: as many pixels as the longer of its two sides has.
     length = found[6:-6, 6:-6].sum()
     assert 27 <= length <= 32, length
+
+
+def ridges_by_pixel(e):
+    """Edges' non-maximum suppression as its authors' code has it, pixel by pixel: edgesDetect.m, and edgesNmsMex.cpp
+    with a radius of 1, a rim of 5 and a slack of 1.01."""
+    height, width = e.shape
+    triangle = np.convolve(np.ones(5), np.ones(5)) / 25  # convTri(E, 4)
+    padded = np.pad(e, 4, mode="symmetric")
+    smooth = np.array([
+        [triangle @ padded[y : y + 9, x : x + 9] @ triangle for x in range(width)] for y in range(height)
+    ])  # fmt: skip
+
+    def slope(a, axis):  # central differences, one-sided at the ends
+        a = a if axis else a.T
+        out = np.empty_like(a)
+        out[:, 1:-1] = (a[:, 2:] - a[:, :-2]) / 2
+        out[:, 0], out[:, -1] = a[:, 1] - a[:, 0], a[:, -1] - a[:, -2]
+        return out if axis else out.T
+
+    xx = slope(slope(smooth, 1), 1)
+    xy, yy = slope(slope(smooth, 0), 1), slope(slope(smooth, 0), 0)
+    angle = np.mod(np.arctan(yy * np.sign(-xy) / (xx + 1e-5)), math.pi)
+
+    def at(y, x):
+        y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
+        y0, x0 = min(int(y), height - 2), min(int(x), width - 2)
+        b, a = y - y0, x - x0
+        top = e[y0, x0] * (1 - a) + e[y0, x0 + 1] * a
+        return top * (1 - b) + (e[y0 + 1, x0] * (1 - a) + e[y0 + 1, x0 + 1] * a) * b
+
+    out = e.copy()
+    for y, x in np.ndindex(height, width):
+        for side in (-1, 1):
+            if e[y, x] * 1.01 < at(y + side * math.sin(angle[y, x]), x + side * math.cos(angle[y, x])):
+                out[y, x] = 0
+    rim_y, rim_x = min(5, height // 2), min(5, width // 2)
+    for i in range(rim_y):
+        out[i] *= i / rim_y
+        out[height - 1 - i] *= i / rim_y
+    for i in range(rim_x):
+        out[:, i] *= i / rim_x
+        out[:, width - 1 - i] *= i / rim_x
+    return out
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("shape", [(2, 3), (4, 9), (11, 10), (24, 17)])
+def test_ridges_as_their_authors_find_them(seed, shape):
+    generator = np.random.default_rng(seed)
+    noise = gaussian_filter(generator.normal(size=shape), generator.choice([0.5, 1, 3]))
+    probability = expit(6 * noise / noise.std())
+    np.testing.assert_allclose(ridges(probability), ridges_by_pixel(probability), rtol=1e-9, atol=1e-12)
 
 
 def test_strengths_are_the_probabilities_and_fall_to_zero_at_the_rim():
