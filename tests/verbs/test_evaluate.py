@@ -10,7 +10,10 @@ import yaml
 from PIL import Image
 
 from bench import record as records
+from bench.data import card as cards
+from bench.data.loader import DenseDataset, validation_batches
 from bench.spec import trained_weights
+from bench.train.floor import best_maps, score_floors, sum_labels
 from tests.test_sweep import asked, bench, one_thread  # noqa: F401  a fixture for the module
 
 SIZE = 32
@@ -67,6 +70,26 @@ def test_the_same_figures_as_the_run(trained):
     assert scores["provenance"]["device"] == "cpu"
     assert "not as in the record" not in output and "warning" not in output and "same" in output
     assert "decoder_only on small, seed 0: 3 images" in output
+
+
+def test_edges_are_scored_with_the_cards_tolerance(trained, tmp_path):
+    """By the run, its predictions without an image, and here."""
+    folder, path, record, _ = trained
+    card = yaml.safe_load((folder / "small.yaml").read_text())
+    scores = {}
+    for tolerance in (0.001, 0.05, 0.5):
+        card["tasks"]["edge"]["tolerance"] = tolerance
+        (tmp_path / "small.yaml").write_text(yaml.safe_dump(card))
+        again = ("--dataset", tmp_path / "small.yaml", "--data-root", folder, "--out", tmp_path / "out.json")
+        assert bench("evaluate", "--record", path, "--device", "cpu", *again).exit_code == 0
+        scores[tolerance] = json.loads((tmp_path / "out.json").read_text())["metrics"]["edge"]["ods_f"]
+    assert scores[0.001] < scores[0.05] == record.metrics["edge"]["ods_f"] < scores[0.5]
+
+    loaded = cards.load(str(folder / "small.yaml"))
+    train, val = (DenseDataset(loaded, split, ("edge",), (SIZE, SIZE), folder) for split in ("train", "val"))
+    maps = best_maps(sum_labels(validation_batches(train, 1, 0, pin=False), {"edge": 1}))
+    of = {t: score_floors([maps], validation_batches(val, 1, 0, pin=False), {"edge": 1}, t)[0] for t in (0.001, 0.05)}
+    assert of[0.001]["edge"]["ods_f"] < of[0.05]["edge"]["ods_f"] == pytest.approx(record.floor_map["edge"]["ods_f"])
 
 
 def test_what_is_asked_otherwise_is_said_and_done(trained):
