@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -222,6 +224,15 @@ def test_tasks_are_chosen_in_the_cards_order():
     assert cards.choose_tasks(card, "depth") == ("depth",)
     assert cards.choose_tasks(card, None) == ("semseg", "depth")
     assert cards.choose_tasks(Card(**GOOD | {"default_tasks": ("depth",)}), None) == ("depth",)
+
+
+def test_a_card_without_a_tolerance_keeps_the_fingerprint_of_before_there_was_one():
+    """Else records from then would no longer be found, nor stand in a table with new ones."""
+    card = Card(**GOOD)
+    said = card.model_dump(mode="json", exclude={"title", "licence", "homepage", "fetch"})
+    said["tasks"] = {name: {k: v for k, v in task.items() if k != "tolerance"} for name, task in said["tasks"].items()}
+    then = json.dumps([said, ["1"], ["2"], ("depth",), [], None], sort_keys=True)
+    assert cards.fingerprint(card, ["1"], ["2"], ("depth",)) == hashlib.sha256(then.encode()).hexdigest()[:12]
 
 
 def test_the_fingerprint_changes_with_what_decides_the_data():

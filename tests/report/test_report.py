@@ -235,6 +235,17 @@ def test_a_metric_that_older_records_lack(tmp_path):
         assert ("Edge is told by max F, pixelwise: 1 of 2 records have no odsF" in group.marks) == marked
 
 
+def test_a_metric_takes_another_ones_place_where_all_records_have_it_and_it_has_the_same_direction():
+    def chosen(task, *figures):
+        return tasks.headline(task, figures).key
+
+    assert chosen("normals", {"within_30": 50.0}) == chosen("normals") == "mean_error"  # lower is better, within_30 not
+    assert chosen("normals", {"rmse": 30.0, "within_30": 50.0}) == "rmse"
+    assert chosen("edge", {"max_f": 1.0}, {"ods_f": 2.0, "max_f": 1.0}, {}) == "max_f"
+    assert chosen("edge", {"ods_f": None, "max_f": 1.0}) == "ods_f"  # measured, and came to nothing
+    assert chosen("edge", {"max_f": 1.0}, {"ods_f": 1.0}) == "ods_f"  # none is common to both
+
+
 def test_names_of_a_recipe_do_not_split(tmp_path):
     make(tmp_path, "ours")
     make(tmp_path, "mtlora", recipe=recipe(title="The same in other words"), recipe_name="mine")
