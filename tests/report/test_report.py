@@ -232,7 +232,8 @@ def test_a_metric_that_older_records_lack(tmp_path):
         assert "Edge odsF (%) ↑" not in table
         column = table["Edge max F, pixelwise (%) ↑"]
         assert column.dropna().tolist() == [16.0, 20.0] and table[tables.DELTA].max() == pytest.approx(12.5)
-        assert ("Edge is told by max F, pixelwise: 1 of 2 records have no odsF" in group.marks) == marked
+        told = ["Edge is told by max F, pixelwise: 1 of 2 records have no odsF"] if marked else []
+        assert [mark for mark in group.marks if "odsF" in mark] == told
 
 
 def test_a_metric_takes_another_ones_place_where_all_records_have_it_and_it_has_the_same_direction():
