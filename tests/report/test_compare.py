@@ -68,12 +68,14 @@ def test_what_counts(tmp_path, before, after, figure, verdict):
     assert code == (1 if verdict == "worse" else 0)
 
 
-def test_a_metric_that_only_one_side_has_is_not_compared(tmp_path):
-    """The baseline is from before odsF was measured: edges are compared by what both have."""
-    before, after = {"max_f": 20.0}, {"ods_f": 40.0, "max_f": 10.0}
-    both(tmp_path, {"metrics": {"edge": before}}, {"metrics": {"edge": after}}, figures={"edge": 1.0})
+@pytest.mark.parametrize(("old", "verdict"), [(0, "worse"), (1, "better")])
+def test_a_metric_that_only_one_side_has_is_not_compared(tmp_path, old, verdict):
+    """One side is from before odsF was measured: edges are compared by what both have."""
+    sides = [{"ods_f": 40.0, "max_f": 10.0}] * 2
+    sides[old] = {"max_f": 20.0}
+    both(tmp_path, *({"metrics": {"edge": figures}} for figures in sides), figures={"edge": 1.0})
     assert {figure: told for figure, told in verdicts(tmp_path).items() if "Edge" in figure} == {
-        "Edge max F, pixelwise": "worse"
+        "Edge max F, pixelwise": verdict
     }
 
 
