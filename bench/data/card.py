@@ -81,7 +81,7 @@ class TaskCard(BaseModel):
     threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
     keep: Keep | None = None
     scale: Annotated[float, Field(gt=0)] = 1.0
-    tolerance: Annotated[float, Field(gt=0, lt=1)] = EDGE_TOLERANCE
+    tolerance: Annotated[float, Field(gt=0, le=0.1)] = EDGE_TOLERANCE
 
     @model_validator(mode="after")
     def _consistent(self) -> TaskCard:
@@ -288,7 +288,8 @@ def fingerprint(card: Card, train: list[str], val: list[str], tasks: tuple[str, 
     the renderer's version. Contents are not read: a file changed without changing its size is not noticed."""
     said = card.model_dump(mode="json", exclude={"title", "licence", "homepage", "fetch"})
     for task in said["tasks"].values():
-        if task["tolerance"] == EDGE_TOLERANCE:  # so that records from before cards had it keep their place
+        # Where it says nothing of the figures, so that records from before cards had it keep their place.
+        if task["tolerance"] == EDGE_TOLERANCE or "edge" not in tasks:
             del task["tolerance"]
     content = [
         said,

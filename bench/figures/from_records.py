@@ -19,7 +19,7 @@ from bench.figures.style import COLOURS, caption, legend_below, look, panels, pl
 from bench.record import Record
 from bench.report import papers, published, tables
 from bench.report.front import front
-from bench.report.groups import Group
+from bench.report.groups import Group, by_one_metric
 from bench.tasks import TASKS
 
 Drawn = Iterator[tuple[str, Figure]]  # (what the file name says besides the figure's, figure)
@@ -226,7 +226,7 @@ def _sweep(
     for axis, column in zip(axes, [*columns, tables.TP], strict=True):
         for index, (backbone, points) in enumerate(alone.items()):
             colour, marker, line = look(index)
-            points = sorted((p for p in points if pd.notna(p[1].values.get(column))), key=lambda p: p[0])
+            points = sorted((p for p in points if pd.notna(p[1].values[column])), key=lambda p: p[0])
             halves = [row.values.get(tables.interval(column), float("nan")) for _, row in points]
             axis.errorbar([v for v, _ in points], [row.values[column] for _, row in points],
                           yerr=None if all(map(pd.isna, halves)) else np.nan_to_num(halves),
@@ -256,13 +256,14 @@ def _varying_alone(points: list[tuple[float, Row]], option: str) -> list[tuple[f
 def ablation(groups: Sequence[Group], choice: Choice) -> Drawn:
     """Delta-m of each method over backbones and decoders (VMT-Adapter, Fig. 5); a figure for each set of records that
     differ in nothing else."""
-    sets: dict[str, list[tuple[Group, list[Row]]]] = {}
+    sets: dict[str, list[Group]] = {}
     apart = ("backbone", "weights", "weights_used", "decoder", "protocol")
-    for group, rows in _trained(groups, choice.reference):
+    for group, _ in _trained(groups, choice.reference):
         common = {k: v for k, v in group.key.items() if k not in apart} | {"random": group.random}
-        sets.setdefault(json.dumps(common, sort_keys=True), []).append((group, rows))
+        sets.setdefault(json.dumps(common, sort_keys=True), []).append(group)
     drawn = False
-    for members in sets.values():
+    for alike in sets.values():
+        members = _trained(by_one_metric(alike), choice.reference)
         bars: dict[str, dict[tuple[str, str], tuple[float, float]]] = {}
         for group, rows in members:
             decoder = group.spec.decoder or (

@@ -58,6 +58,7 @@ class Group:
     marks: tuple[str, ...]
     found: tuple[Found, ...]
     any_device: bool = False
+    shared: Mapping[str, Metric] | None = None  # task -> metric, where other groups stand beside this one
 
     @property
     def spec(self) -> RunSpec:
@@ -75,7 +76,7 @@ class Group:
     @functools.cached_property
     def headlines(self) -> Mapping[str, Metric]:
         """Task -> the one metric of it that stands in this group's tables."""
-        return {task: headline(task, _figures_of(self.found, task)) for task in self.spec.tasks}
+        return self.shared or {task: headline(task, _figures_of(self.found, task)) for task in self.spec.tasks}
 
     def methods(self) -> list[list[Record]]:
         """The records of each method (its seeds), by family and then title."""
@@ -89,6 +90,31 @@ def _figures_of(found: Iterable[Found], task: str) -> list[Mapping[str, float | 
     """A task's figures, metric key -> value, in each good record that has some."""
     figures = (item.record.metrics.get(task) for item in found if item.record.status == "ok")
     return [each for each in figures if each]
+
+
+def _told_by(found: Sequence[Found], tasks: Iterable[str]) -> list[str]:
+    """A mark for each task that has another metric than its headline because some of the records lack that one."""
+    marks = []
+    for task in tasks:
+        figures, wanted = _figures_of(found, task), TASKS[task].headline
+        without = sum(wanted.key not in each for each in figures)
+        if 0 < without < len(figures):
+            lacking = f"{without} of {len(figures)} records have no {wanted.title}"
+            marks.append(f"{TASKS[task].title} is told by {headline(task, figures).title}: {lacking}")
+    return marks
+
+
+def by_one_metric(members: Sequence[Group]) -> list[Group]:
+    """Groups that are shown side by side: each task is told by one metric, which all of their records have."""
+    found = [item for group in members for item in group.found]
+    tasks = list(dict.fromkeys(task for group in members for task in group.spec.tasks))
+    own = {mark for group in members for mark in _told_by(group.found, tasks)}
+    marks = _told_by(found, tasks)
+    shared = {task: headline(task, _figures_of(found, task)) for task in tasks}
+    return [
+        replace(group, shared=shared, marks=(*(mark for mark in group.marks if mark not in own), *marks))
+        for group in members
+    ]
 
 
 def flat(setting: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -134,7 +160,8 @@ def mixtures(apart: Sequence[Group]) -> list[Mixture]:
     for group in apart:
         buckets.setdefault((group.spec.tasks, group.spec.device_kind), []).append(group)
     made = []
-    for (tasks, kind), members in buckets.items():
+    for (tasks, kind), alike in buckets.items():
+        members = by_one_metric(alike)
         settings = [flat(group.key) for group in members]
         keys = sorted({key for setting in settings for key in setting})
         varying = [key for key in keys if len({json.dumps(setting.get(key)) for setting in settings}) > 1]
@@ -246,13 +273,7 @@ def _group(setting: str, place: Place, members: Sequence[Found], any_device: boo
         marks.append(
             "rows were not tuned alike: where the best rate was at the edge, some tried others beyond it, some did not"
         )
-    for task in spec.tasks:
-        figures, wanted = _figures_of(kept, task), TASKS[task].headline
-        without = sum(wanted.key not in each for each in figures)
-        if 0 < without < len(figures):
-            title = headline(task, figures).title
-            lacking = f"{without} of {len(figures)} records have no {wanted.title}"
-            marks.append(f"{TASKS[task].title} is told by {title}: {lacking}")
+    marks += _told_by(kept, spec.tasks)
     if weights == "random":
         marks.insert(0, "RANDOM BACKBONE WEIGHTS, nothing was pretrained: accuracy and Delta-m do not rank the methods")
     if any_device and len(devices) > 1:

@@ -17,7 +17,7 @@ from bench.grid import load_suite
 from bench.one_line import errors
 from bench.record import Record, write_atomically
 from bench.report import latex, published, render, tables
-from bench.report.groups import Group, collect, groups
+from bench.report.groups import Group, by_one_metric, collect, groups
 from bench.report.sheets import MISSING, Cell, Letters, Line, Sheet, signed, three, two
 from bench.tasks import TASKS
 
@@ -146,7 +146,7 @@ def bundles(all_groups: Sequence[Group]) -> list[list[Group]]:
     for group in all_groups:
         common = {key: value for key, value in group.key.items() if key not in apart} | {"random": group.random}
         made.setdefault(json.dumps(common, sort_keys=True), []).append(group)
-    return list(made.values())
+    return [by_one_metric(bundle) for bundle in made.values()]
 
 
 def sheet(table: PaperTable, rows: pd.DataFrame, bundle: Sequence[Group]) -> Sheet:

@@ -35,15 +35,9 @@ def ridges(probability: np.ndarray) -> np.ndarray:
         map_coordinates(probability, [y + side * sine, x + side * cosine], order=1, mode="nearest") for side in (1, -1)
     )
     strengths = np.where(probability * SLACK >= np.maximum(one, other), probability, 0)
-    height, width = probability.shape
-    return strengths * _rim(height)[:, None] * _rim(width)
-
-
-def _rim(length: int) -> np.ndarray:
-    """Factors along one axis: zero at either end, one from `RIM` pixels inwards (less in small images)."""
-    rim = min(RIM, length // 2)
-    inwards = np.arange(length)
-    return np.minimum(np.minimum(inwards, inwards[::-1]) / rim, 1)
+    rim = min(RIM, *(length // 2 for length in probability.shape))
+    down, right = (np.minimum(np.arange(length), np.arange(length)[::-1]) for length in probability.shape)
+    return strengths * np.minimum(down / rim, 1)[:, None] * np.minimum(right / rim, 1)
 
 
 def _may_go() -> np.ndarray:
@@ -99,8 +93,8 @@ def matched(strengths: np.ndarray, truth: np.ndarray, distance: float) -> np.nda
     """(LEVELS,) of int: by how many the matched pixels grow when the threshold falls to k / LEVELS.
 
     strengths (H, W): of predicted pixels, 0 elsewhere; truth (H, W): bool. Pixels are matched one to one, no further
-    apart than `distance` pixels, and as many as can be, at every threshold: a maximum matching. (The papers' tool looks
-    for short distances among a random few of the neighbours, and so finds at most as many.)
+    apart than `distance` pixels, and as many as can be, at every threshold: a maximum matching. (The papers' tool
+    minimises distances as well, in an assignment solved approximately, and so finds at most as many.)
 
     One pass from the strongest pixel on: each looks for a free true pixel, or for a chain of pixels that can pass
     theirs on (Kuhn's algorithm, which keeps a matching of the pixels so far maximal). Where a search fails, so does
@@ -127,30 +121,26 @@ def matched(strengths: np.ndarray, truth: np.ndarray, distance: float) -> np.nda
     closed = np.zeros(count, bool)
     seen, found_by = np.full(count, -1), np.full(count, -1)
 
-    def reachable(pixel: int) -> np.ndarray:
-        near_by = numbers[places[pixel] + around]
-        near_by = near_by[near_by >= 0]
-        return near_by[~closed[near_by]]
-
     grown, left = np.zeros(LEVELS, int), count
     for pixel, level in enumerate(levels[order].tolist()):
         if not left:
             break
-        queue, asking, position, end = [], pixel, 0, -1
-        while True:
-            candidates = reachable(asking)
-            candidates = candidates[seen[candidates] != pixel]
-            seen[candidates], found_by[candidates] = pixel, asking
-            free = candidates[owner[candidates] < 0]
+        asking, visited, end = np.array([pixel]), [], -1
+        while len(asking) and end < 0:
+            near_by = numbers[places[asking][:, None] + around]
+            who, which = np.nonzero(near_by >= 0)
+            found, by = near_by[who, which], asking[who]
+            new = ~closed[found] & (seen[found] != pixel)
+            found, by = found[new], by[new]
+            seen[found], found_by[found] = pixel, by
+            free = found[owner[found] < 0]
             if len(free):
                 end = int(free[0])
-                break
-            queue.extend(candidates.tolist())
-            if position == len(queue):
-                break
-            asking, position = int(owner[queue[position]]), position + 1
+            visited.append(found)
+            asking = np.unique(owner[found])
         if end < 0:
-            closed[queue] = True
+            for found in visited:
+                closed[found] = True
             continue
         grown[level] += 1
         left -= 1

@@ -178,10 +178,10 @@ class EdgeF(Metric):
         self.positives += torch.bincount(bins[label == 1], minlength=LEVELS)
         self.negatives += torch.bincount(bins[label == 0], minlength=LEVELS)
         for predicted, truth in zip(probability.double().cpu().numpy(), label.cpu().numpy(), strict=True):
-            self._draw(predicted * (truth != IGNORE), truth == 1)
+            self._draw(np.where(truth != IGNORE, lines(predicted), 0), truth == 1)
 
-    def _draw(self, probability: np.ndarray, truth: np.ndarray) -> None:
-        drawn, true = lines(probability), thinned(truth)
+    def _draw(self, drawn: np.ndarray, truth: np.ndarray) -> None:
+        true = thinned(truth)
         levels = (drawn[drawn >= 1 / LEVELS] * LEVELS).astype(int).clip(max=LEVELS - 1)
         found = matched(drawn, true, self.tolerance * math.hypot(*truth.shape))
         self.drawn += torch.from_numpy(np.bincount(levels, minlength=LEVELS)).to(self.drawn)

@@ -12,7 +12,7 @@ import yaml
 
 from bench import resources
 from bench.data import card as cards
-from bench.data.card import Card
+from bench.data.card import Card, TaskCard
 from bench.errors import BenchError
 from bench.tasks import TASKS
 
@@ -239,7 +239,6 @@ def test_the_fingerprint_changes_with_what_decides_the_data():
     card, train, val, tasks = Card(**GOOD), ["1", "2"], ["3"], ("semseg", "depth")
     base = cards.fingerprint(card, train, val, tasks)
     depth = card.tasks["depth"].model_copy(update={"scale": 0.001})
-    far = card.tasks["depth"].model_copy(update={"tolerance": 0.011})
     others = {
         cards.fingerprint(card, ["1"], val, tasks),
         cards.fingerprint(card, ["2", "1"], val, tasks),
@@ -247,10 +246,15 @@ def test_the_fingerprint_changes_with_what_decides_the_data():
         cards.fingerprint(card, train, val, ("semseg",)),
         cards.fingerprint(card.model_copy(update={"image": "others/{id}.jpg"}), train, val, tasks),
         cards.fingerprint(card.model_copy(update={"tasks": card.tasks | {"depth": depth}}), train, val, tasks),
-        cards.fingerprint(card.model_copy(update={"tasks": card.tasks | {"depth": far}}), train, val, tasks),
     }
-    assert len(others) == 7 and base not in others
+    assert len(others) == 6 and base not in others
     assert cards.fingerprint(card.model_copy(update={"title": "Reworded"}), train, val, tasks) == base
+    near, far = (
+        card.model_copy(update={"tasks": card.tasks | {"edge": TaskCard(path="{id}.png", **tolerance)}})
+        for tolerance in ({}, {"tolerance": 0.011})
+    )
+    assert cards.fingerprint(near, train, val, ("edge",)) != cards.fingerprint(far, train, val, ("edge",))
+    assert cards.fingerprint(near, train, val, tasks) == cards.fingerprint(far, train, val, tasks)
 
 
 def test_the_fingerprint_of_scenes_follows_the_renderers_version(monkeypatch):

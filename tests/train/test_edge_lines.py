@@ -116,13 +116,12 @@ def ridges_by_pixel(e):
         for side in (-1, 1):
             if e[y, x] * 1.01 < at(y + side * math.sin(angle[y, x]), x + side * math.cos(angle[y, x])):
                 out[y, x] = 0
-    rim_y, rim_x = min(5, height // 2), min(5, width // 2)
-    for i in range(rim_y):
-        out[i] *= i / rim_y
-        out[height - 1 - i] *= i / rim_y
-    for i in range(rim_x):
-        out[:, i] *= i / rim_x
-        out[:, width - 1 - i] *= i / rim_x
+    rim = min(5, height // 2, width // 2)
+    for i in range(rim):
+        out[i] *= i / rim
+        out[height - 1 - i] *= i / rim
+        out[:, i] *= i / rim
+        out[:, width - 1 - i] *= i / rim
     return out
 
 
