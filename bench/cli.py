@@ -532,8 +532,8 @@ def evaluate(
 
     if eval_size is not None:
         grid.one_of("eval-size", eval_size, get_args(EvalSize))
-    if out is not None and out.is_dir():
-        raise BenchError(f"--out {out} is a folder; name a file")
+    if out is not None and out.exists():
+        raise BenchError(f"--out {out} is there already: nothing is overwritten; name a new file")
     place = grid.resolve_device(device, "fp32")
     cell = trained.load(record, folder, weights, dataset)
 

@@ -232,7 +232,10 @@ def floors(group: Group) -> list[dict[str, Any]]:
     method that does not beat them has learnt nothing of the images."""
     rows = []
     for name, title in (("floor", "Constant prediction"), ("floor_map", "Constant per pixel")):
-        floor = next((found for item in group.found if (found := getattr(item.record, name))), None)
+        found = [floor for item in group.found if (floor := getattr(item.record, name))]
+        keys = {task: metric.key for task, metric in group.headlines.items()}
+        whole = (floor for floor in found if all(key in floor.get(task, {}) for task, key in keys.items()))
+        floor = next(whole, next(iter(found), None))
         if floor:
             metrics = {headline(group, t): floor.get(t, {}).get(group.headlines[t].key) for t in group.spec.tasks}
             about = {METHOD: title, FAMILY: "floor", STATUS: "floor", SOURCE: "measured", TP: 0.0}

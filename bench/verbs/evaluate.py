@@ -16,6 +16,7 @@ from rich.table import Column, Table
 from bench.data import card as cards
 from bench.data.loader import DenseDataset
 from bench.errors import BenchError
+from bench.failure import classify
 from bench.grid import Device
 from bench.measure import code, cuda, provenance
 from bench.record import write_atomically
@@ -52,10 +53,12 @@ def score(
 ) -> Scores:
     """The metrics that `bench run` would have written; where an argument is None, as the record's run had it.
 
-    Raises BenchError for data that is missing or unreadable, and for predictions that are not finite.
+    Raises BenchError for missing or unreadable data, for predictions that are not finite and for want of memory.
     """
     spec, card = trained.record.spec, trained.card
     chosen, most = eval_size or spec.eval_size, limit or spec.limit_val
+    if most is not None and most >= len(cards.ids(card, "val", root)) - len(spec.skipped):
+        most = None  # as `bench run` counts a limit that does not bind
     precision = spec.precision if place.name or spec.precision == "bf16" else "fp32"
     cuda.set_up(precision)
     if place.name:
@@ -73,48 +76,69 @@ def score(
         skipped=spec.skipped,
     )
     model = accelerator.prepare_model(trained.model, evaluation_mode=True)
-    with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task(f"{len(samples)} images")
-        values, per_class = evaluation.evaluate(
-            model,
-            samples,
-            card.channels(spec.tasks),
-            batch_size or spec.batch_size,
-            workers,
-            accelerator,
-            lambda step, total: progress.update(bar, completed=step, total=total),
-        )
+    try:
+        with Progress(console=console, transient=True) as progress:
+            bar = progress.add_task(f"{len(samples)} images")
+            values, per_class = evaluation.evaluate(
+                model,
+                samples,
+                card.channels(spec.tasks),
+                batch_size or spec.batch_size,
+                workers,
+                accelerator,
+                lambda step, total: progress.update(bar, completed=step, total=total),
+            )
+    except Exception as error:
+        status, failure = classify(error)
+        if status == "failed" and not isinstance(error, BenchError):
+            raise
+        advice = "; a smaller --batch-size needs less" if status == "out_of_memory" else ""
+        raise BenchError(f"{failure.message}{advice}") from error
     classes = {task: card.tasks[task].classes for task in per_class}
     return Scores(
         {t: {key: v if math.isfinite(v) else None for key, v in figures.items()} for t, figures in values.items()},
         {task: dict(zip(classes[task], found, strict=True)) for task, found in per_class.items()},
         len(samples),
-        tuple(_differences(trained, root, place, chosen, most, precision)),
+        tuple(_differences(trained, root, place, chosen, most, batch_size or spec.batch_size, precision)),
     )
 
 
 def _differences(
-    trained: Trained, root: Path | None, place: Device, eval_size: EvalSize, limit: int | None, precision: Precision
+    trained: Trained,
+    root: Path | None,
+    place: Device,
+    eval_size: EvalSize,
+    limit: int | None,
+    batch_size: int,
+    precision: Precision,
 ) -> list[str]:
-    spec, seen = trained.record.spec, trained.record.provenance
+    spec, seen, now = trained.record.spec, trained.record.provenance, provenance.describe(place.slug, place.name)
     found = []
     if eval_size != spec.eval_size:
         found.append(f"at {eval_size} size, not {spec.eval_size}")
     if limit != spec.limit_val:
-        found.append(f"at most {limit} images, not {spec.limit_val or 'all'}")
-    elif not _same_data(trained, root):
-        found.append("the card or the files are not those of the record")
+        found.append(f"at most {limit or 'all'} images, not {spec.limit_val or 'all'}")
+    if batch_size != spec.batch_size:
+        found.append(f"in batches of {batch_size}, not {spec.batch_size}")
+    found += _other_data(trained, root)
     if precision != spec.precision:
         found.append(f"{precision}, not {spec.precision}")
-    if place.slug != spec.device:
-        found.append(f"on {place.slug}, not {spec.device}")
+    if seen is None or now.device_name != seen.device_name:
+        found.append(f"on {now.device_name}, not {seen.device_name if seen else spec.device}")
+    packages = seen.packages if seen else {}
+    found += [
+        f"with {name} {now.packages.get(name, 'missing')}, not {version}"
+        for name, version in packages.items()
+        if now.packages.get(name) != version
+    ]
     if seen is None or seen.code != code.fingerprint(spec.method):
         found.append(f"by other code{f' than that of commit {seen.commit[:8]}' if seen and seen.commit else ''}")
     return found
 
 
-def _same_data(trained: Trained, root: Path | None) -> bool:
-    """Whether the data has the record's fingerprint; training images have a part in it, and may not be here."""
+def _other_data(trained: Trained, root: Path | None) -> list[str]:
+    """A line where the data has not the record's fingerprint, or it cannot be told: training images are a part of it,
+    and may not be here."""
     from bench.data import subset
 
     spec, card = trained.record.spec, trained.card
@@ -124,9 +148,10 @@ def _same_data(trained: Trained, root: Path | None) -> bool:
             for split, limit in (("train", spec.limit_train), ("val", spec.limit_val))
         )
         sizes = [file.st_size for names in (train, val) for file in cards.check_files(card, root, names, spec.tasks)]
-    except BenchError:
-        return False
-    return cards.fingerprint(card, train, val, spec.tasks, sizes) == spec.data_fingerprint
+    except BenchError as error:
+        return [f"perhaps the data, of which a part is not here: {error}"]
+    same = cards.fingerprint(card, train, val, spec.tasks, sizes) == spec.data_fingerprint
+    return [] if same else ["the card or the files are not those of the record"]
 
 
 def write(trained: Trained, scores: Scores, place: Device, out: Path | None, console: Console) -> None:
@@ -136,10 +161,10 @@ def write(trained: Trained, scores: Scores, place: Device, out: Path | None, con
     for task, figures in scores.metrics.items():
         for metric in TASKS[task].metrics:
             before, now = trained.record.metrics.get(task, {}).get(metric.key), figures.get(metric.key)
-            change = MISSING
-            if before and now is not None:
-                moved |= abs(now / before - 1) > SAME
-                change = "same" if abs(now / before - 1) <= SAME else f"{now / before - 1:+.2%}"
+            known = before is not None and now is not None
+            same = before == now or (known and math.isclose(before, now, rel_tol=SAME))
+            moved |= not same and metric.key in trained.record.metrics.get(task, {})
+            change = "same" if same and known else f"{now / before - 1:+.2%}" if known and before else MISSING
             unit = f" {metric.unit}".rstrip()
             told = (MISSING if value is None else f"{value:.4g}{unit}" for value in (before, now))
             table.add_row(TASKS[task].title, metric.title, *told, change)

@@ -224,16 +224,39 @@ def test_a_metric_that_older_records_lack(tmp_path):
     assert not any("odsF" in mark for mark in only(tmp_path / "new").marks)
 
     for folder, marked in (("mixed", True), ("old", False)):
-        edges(tmp_path / folder, "ours", both if marked else {"max_f": 20.0})
+        floor = {"edge": {"ods_f": 4.0, "max_f": 2.0} if marked else {"max_f": 2.0}}
+        edges(tmp_path / folder, "ours", both if marked else {"max_f": 20.0}, floor=floor)
         edges(tmp_path / folder, "single_task_full", {"max_f": 16.0})
         edges(tmp_path / folder, "mtlora", {}, status="failed", failure=Failure(kind="Error", message="died"))
         group = only(tmp_path / folder)
         table = measured(tables.accuracy_table(group))
         assert "Edge odsF (%) ↑" not in table
         column = table["Edge max F, pixelwise (%) ↑"]
-        assert column.dropna().tolist() == [16.0, 20.0] and table[tables.DELTA].max() == pytest.approx(12.5)
+        assert column.dropna().tolist() == [2.0, 16.0, 20.0] and table[tables.DELTA].max() == pytest.approx(12.5)
         told = ["Edge is told by max F, pixelwise: 1 of 2 records have no odsF"] if marked else []
         assert [mark for mark in group.marks if "odsF" in mark] == told
+
+
+def test_mixed_groups_tell_a_task_by_one_metric(tmp_path):
+    """A new group beside an older one: max F in all rows and in each Delta-m, and a mark that says so."""
+    for size, figures in ((64, [{"max_f": 20.0}, {"max_f": 16.0}]), (96, [{"ods_f": 40.0, "max_f": 24.0}] * 2)):
+        for method, each in zip(("ours", "single_task_full"), figures, strict=True):
+            edges(tmp_path, method, each, image_size=(size, size), floor={"edge": {**each, "max_f": 2.0}})
+    shown = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["report", str(tmp_path), "--mix"]).output
+    told = "Edge is told by max F, pixelwise: 2 of 4 records have no odsF"
+    assert told in shown and all(told in line for line in shown.splitlines() if "odsF" in line)
+    for row, figures in (("ours · .*64", "20.00"), ("ours · .*96", "24.00"), ("Single-task .*96", "24.00")):
+        assert re.search(f"{row}.* {figures} ", shown, re.I), (row, shown)
+    apart = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["report", str(tmp_path)]).output
+    assert "odsF" in apart and "is told by" not in apart
+
+
+def test_a_floor_that_has_the_metric_is_taken(tmp_path):
+    """An older record's floor, of a run that came to nothing else, has none of odsF."""
+    edges(tmp_path, "bitfit", {}, status="failed", failure=Failure(kind="Error", message="died"),
+          floor={"edge": {"max_f": 2.0}, "semseg": {"mIoU": 1.0}})  # fmt: skip
+    edges(tmp_path, "ours", {"ods_f": 40.0}, floor={"edge": {"ods_f": 4.0}, "semseg": {"mIoU": 1.0}})
+    assert measured(tables.accuracy_table(only(tmp_path)))["Edge odsF (%) ↑"].dropna().tolist() == [4.0, 40.0]
 
 
 def test_a_metric_takes_another_ones_place_where_all_records_have_it_and_it_has_the_same_direction():

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from bench import record as records
 from bench.data import card as cards
 from bench.data.loader import DenseDataset, validation_batches
 from bench.spec import trained_weights
 from bench.train.floor import best_maps, score_floors, sum_labels
+from bench.train.weights import digest
 from tests.test_sweep import asked, bench, one_thread  # noqa: F401  a fixture for the module
 
 SIZE = 32
@@ -54,6 +57,7 @@ def trained(tmp_path_factory):
 def evaluated(trained, *args):
     folder, path, _, card = trained
     out = folder / "scores.json"
+    out.unlink(missing_ok=True)
     done = bench("evaluate", "--record", path, *card, "--device", "cpu", "--out", out, *args)
     assert done.exit_code == 0, done.output
     return done.output, json.loads(out.read_text())
@@ -80,6 +84,7 @@ def test_edges_are_scored_with_the_cards_tolerance(trained, tmp_path):
     for tolerance in (0.001, 0.05, 0.1):
         card["tasks"]["edge"]["tolerance"] = tolerance
         (tmp_path / "small.yaml").write_text(yaml.safe_dump(card))
+        (tmp_path / "out.json").unlink(missing_ok=True)
         again = ("--dataset", tmp_path / "small.yaml", "--data-root", folder, "--out", tmp_path / "out.json")
         assert bench("evaluate", "--record", path, "--device", "cpu", *again).exit_code == 0
         scores[tolerance] = json.loads((tmp_path / "out.json").read_text())["metrics"]["edge"]["ods_f"]
@@ -95,7 +100,8 @@ def test_edges_are_scored_with_the_cards_tolerance(trained, tmp_path):
 def test_what_is_asked_otherwise_is_said_and_done(trained):
     output, scores = evaluated(trained, "--eval-size", "original", "--limit-val", 2, "--batch-size", 1)
     assert scores["images"] == 2
-    assert scores["differs"] == ["at original size, not network", "at most 2 images, not all"]
+    said = ["at original size, not network", "at most 2 images, not all", "in batches of 1, not 2"]
+    assert scores["differs"] == said
     assert "not as in the record: at original size, not network" in output
     assert "warning" not in output
     # Of the same images, at the network's size.
@@ -104,14 +110,9 @@ def test_what_is_asked_otherwise_is_said_and_done(trained):
 
 
 def test_images_that_the_run_skipped_are_skipped(trained, tmp_path):
-    folder, path, _, card = trained
-    content = json.loads(path.read_text())
-    content["spec"]["skipped"] = ["e"]
-    copy = tmp_path / path.name
-    copy.write_text(json.dumps(content))
-    trained_weights(copy).write_bytes(trained_weights(path).read_bytes())
-    _, scores = evaluated((folder, copy, None, card))
-    assert scores["images"] == 2
+    args = altered(trained, tmp_path, lambda content: content["spec"].update(skipped=["e"]))
+    done = bench(*args)
+    assert done.exit_code == 0 and "seed 0: 2 images" in done.output, done.output
 
 
 def test_other_data_under_the_same_name_is_told(trained, tmp_path):
@@ -121,25 +122,84 @@ def test_other_data_under_the_same_name_is_told(trained, tmp_path):
             (tmp_path / file.name).write_bytes(file.read_bytes())
     np.save(tmp_path / "d-depth.npy", np.full((48, 72), 2.5, np.float32))
     args = ("evaluate", "--record", path, "--dataset", tmp_path / "small.yaml", "--data-root", tmp_path)
+    for limit in (2, 3, 4):
+        done = bench(*args, "--device", "cpu", "--limit-val", limit)
+        assert done.exit_code == 0 and "the card or the files are not those of the record" in done.output
+        assert ("at most" in done.output) == (limit == 2)
+    (tmp_path / "a.png").unlink()  # of the training images
     done = bench(*args, "--device", "cpu")
-    assert done.exit_code == 0 and "the card or the files are not those of the record" in done.output
+    assert done.exit_code == 0 and "perhaps the data, of which a part is not here" in done.output
+
+
+def altered(trained, folder, change):
+    """The arguments for a copy of the record that `change` was done to."""
+    _, path, _, card = trained
+    content = json.loads(path.read_text())
+    change(content)
+    copy = folder / path.name
+    copy.write_text(json.dumps(content))
+    trained_weights(copy).write_bytes(trained_weights(path).read_bytes())
+    return "evaluate", "--record", copy, *card, "--device", "cpu"
+
+
+def test_another_machine_and_other_packages_are_told(trained, tmp_path):
+    def change(content):
+        content["provenance"] |= {"device_name": "Another CPU", "code": "0" * 16, "commit": "abcdef0123"}
+        content["provenance"]["packages"]["torch"] = "1.0"
+        content["metrics"]["depth"]["rmse"] *= 1.1
+        content["spec"]["precision"] = "tf32"
+
+    done = bench(*altered(trained, tmp_path, change))
+    assert done.exit_code == 0 and "warning" not in done.output
+    for line in (r"on .*, not Another CPU", r"with torch .*, not 1\.0", r"by other code than that of commit abcdef01",
+                 r"fp32, not tf32"):  # fmt: skip
+        assert re.search(f"not as in the record: {line}", done.output), line
+
+
+def test_what_cannot_be_scored_is_one_line(trained, tmp_path):
+    """A worker's traceback, and predictions that are not finite."""
+    folder, path, _, _ = trained
+    for file in folder.iterdir():
+        if file.suffix in (".png", ".npy", ".txt", ".yaml"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "e-depth.npy").write_bytes(b"no array")
+    args = ("evaluate", "--record", path, "--dataset", tmp_path / "small.yaml", "--data-root", tmp_path)
+    for workers in (0, 1):
+        done = bench(*args, "--device", "cpu", "--workers", workers)
+        assert done.exit_code == 2 and "e-depth.npy" in done.output
+        assert len(done.output.strip().splitlines()) == 1, done.output
+
+    weights = load_file(trained_weights(path))
+    broken = {name: tensor * float("nan") if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    args = altered(trained, tmp_path, lambda content: None)
+    copy = args[2]
+    save_file(broken, trained_weights(copy))
+    content = json.loads(copy.read_text()) | {"trained_sha256": digest(trained_weights(copy))}
+    copy.write_text(json.dumps(content))
+    done = bench(*args)
+    assert done.exit_code == 2 and "not finite" in done.output
+    assert len(done.output.strip().splitlines()) == 1, done.output
 
 
 def test_figures_that_moved_for_no_reason_are_a_warning(trained, tmp_path):
     """The record was edited, say; and a metric that it does not have is a dash."""
-    folder, path, record, card = trained
-    copy = tmp_path / path.name
-    content = json.loads(path.read_text())
-    content["metrics"]["depth"]["rmse"] *= 1.1
-    del content["metrics"]["edge"]["ods_f"]
-    copy.write_text(json.dumps(content))
-    trained_weights(copy).write_bytes(trained_weights(path).read_bytes())
-    done = bench("evaluate", "--record", copy, *card, "--device", "cpu")
+
+    def change(content):
+        content["metrics"]["depth"]["rmse"] *= 1.1
+        del content["metrics"]["edge"]["ods_f"]
+
+    done = bench(*altered(trained, tmp_path, change))
     assert done.exit_code == 0 and "warning: nothing but the figures differs" in done.output
     (line,) = [line for line in done.output.splitlines() if "RMSE" in line]
     assert "-9.09%" in line
     (line,) = [line for line in done.output.splitlines() if "odsF" in line]
     assert line.count("–") == 2
+
+
+@pytest.mark.parametrize("before", [0, None])
+def test_a_figure_that_came_of_nothing_is_a_warning(trained, tmp_path, before):
+    done = bench(*altered(trained, tmp_path, lambda content: content["metrics"]["edge"].update(ods_f=before)))
+    assert done.exit_code == 0 and "warning: nothing but the figures differs" in done.output
 
 
 @pytest.mark.parametrize(
@@ -148,7 +208,7 @@ def test_figures_that_moved_for_no_reason_are_a_warning(trained, tmp_path):
         (("--eval-size", "orignal"), "did you mean 'original'"),
         (("--data-root", "/no/such/folder"), "no such data folder"),
         (("--device", "cuda:7"), "use --device cpu"),
-        (("--out", "."), "is a folder; name a file"),
+        (("--out", "."), "is there already"),
     ],
 )
 def test_bad_input_is_one_line(trained, args, message):
