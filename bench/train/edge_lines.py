@@ -81,7 +81,8 @@ def lines(probability: np.ndarray) -> np.ndarray:
     """Strengths (H, W) of the predicted lines' pixels, else 0.
 
     The papers' tool thins what exceeds a threshold, at every threshold anew; here the ridges are thinned once, where
-    they exceed the lowest, so that the lines of a high threshold are among those of a low one. A flat map has no lines.
+    they exceed the lowest, so that the lines of a high threshold are among those of a low one, and one pass matches
+    them all. A flat map has no lines.
     """
     if not np.ptp(probability):
         return np.zeros_like(probability)

@@ -149,17 +149,20 @@ def test_where_nothing_stands_out_there_are_no_lines():
     assert (lines(ramp) > 0)[6:-6, 6:-6].sum() < 30
 
 
-def test_close_to_thinning_at_every_threshold():
-    """Thinning once moves the figure by less than a tenth; soft and noisy predictions of ragged boundaries."""
+@pytest.mark.parametrize(
+    ("ground", "gain", "noise", "most"), [(0, 2.5, 0.6, 0.1), (0.05, 2, 0, 0.5), (0.3, 2, 1, 0.5), (0.3, 30, 0.2, 10)]
+)
+def test_close_to_thinning_at_every_threshold(ground, gain, noise, most):
+    """Thinning once moves the figure by tenths on dark, flat and grey ground. Where broad saturated edges stand on grey
+    ground it says too much, by up to ten: at the lowest threshold these are one area with the ground."""
     ours, theirs = np.zeros((2, LEVELS)), np.zeros((2, LEVELS))
     total = 0
     for seed in range(6):
         generator = np.random.default_rng(seed)
         regions = gaussian_filter(generator.normal(size=(72, 96)), 6) > 0
         truth = thin(regions ^ np.roll(regions, 1, 0) | regions ^ np.roll(regions, 1, 1))
-        noise = gaussian_filter(generator.normal(size=truth.shape), 2)
-        soft = gaussian_filter(truth.astype(float), 1.5)
-        probability = np.clip(2.5 * soft + 0.6 * noise, 0, 1)
+        waves = gaussian_filter(generator.normal(size=truth.shape), 2)
+        probability = np.clip(ground + gain * gaussian_filter(truth.astype(float), 1.5) + noise * waves, 0, 1)
         distance = 0.011 * math.hypot(*truth.shape)
         total += truth.sum()
         drawn, strengths = lines(probability), ridges(probability)
@@ -170,4 +173,4 @@ def test_close_to_thinning_at_every_threshold():
             theirs[:, level] += most_pairs(line, truth, distance), line.sum()
     f_ours, f_theirs = (200 * hits / (marked + total) for hits, marked in (ours, theirs))
     assert 50 < f_theirs.max() < 95
-    assert f_ours.max() == pytest.approx(f_theirs.max(), abs=0.1)
+    assert f_ours.max() == pytest.approx(f_theirs.max(), abs=most)
