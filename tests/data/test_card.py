@@ -231,8 +231,8 @@ def test_a_card_without_a_tolerance_keeps_the_fingerprint_of_before_there_was_on
     card = Card(**GOOD)
     said = card.model_dump(mode="json", exclude={"title", "licence", "homepage", "fetch"})
     said["tasks"] = {name: {k: v for k, v in task.items() if k != "tolerance"} for name, task in said["tasks"].items()}
-    then = json.dumps([said, ["1"], ["2"], ("depth",), [], None], sort_keys=True)
-    assert cards.fingerprint(card, ["1"], ["2"], ("depth",)) == hashlib.sha256(then.encode()).hexdigest()[:12]
+    then = json.dumps([said, ["1"], ["2"], ("depth", "edge"), [], None], sort_keys=True)
+    assert cards.fingerprint(card, ["1"], ["2"], ("depth", "edge")) == hashlib.sha256(then.encode()).hexdigest()[:12]
 
 
 def test_the_fingerprint_changes_with_what_decides_the_data():

@@ -20,7 +20,7 @@ from bench import resources, tasks
 from bench.cli import app
 from bench.errors import BenchError
 from bench.record import Failure, Time
-from bench.report import published, render, show, tables
+from bench.report import papers, published, render, show, tables
 from bench.report.groups import collect, differences
 from methods.registry import all_methods
 from tests.report.records import ROWS, groups, make, measured, only, printed, recipe, report
@@ -242,16 +242,28 @@ def test_a_metric_that_older_records_lack(tmp_path):
 
 def test_mixed_groups_tell_a_task_by_one_metric(tmp_path):
     """A new group beside an older one: max F in all rows and in each Delta-m, and a mark that says so."""
-    for size, figures in ((64, [{"max_f": 20.0}, {"max_f": 16.0}]), (96, [{"ods_f": 40.0, "max_f": 24.0}] * 2)):
+    for size, figures in (
+        (64, [{"ods_f": 40.0, "max_f": 20.0}, {"max_f": 16.0}]),
+        (96, [{"ods_f": 40.0, "max_f": 24.0}] * 2),
+    ):
         for method, each in zip(("ours", "single_task_full"), figures, strict=True):
             edges(tmp_path, method, each, image_size=(size, size), floor={"edge": {**each, "max_f": 2.0}})
     shown = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["report", str(tmp_path), "--mix"]).output
-    told = "Edge is told by max F, pixelwise: 2 of 4 records have no odsF"
+    told = "Edge is told by max F, pixelwise: 1 of 4 records have no odsF"
     assert told in shown and all(told in line for line in shown.splitlines() if "odsF" in line)
     for row, figures in (("ours · .*64", "20.00"), ("ours · .*96", "24.00"), ("Single-task .*96", "24.00")):
         assert re.search(f"{row}.* {figures} ", shown, re.I), (row, shown)
     apart = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["report", str(tmp_path)]).output
-    assert "odsF" in apart and "is told by" not in apart
+    assert "Edge is told by max F, pixelwise: 1 of 2 records have no odsF" in apart and told not in apart
+
+
+def test_backbones_side_by_side_tell_a_task_by_one_metric(tmp_path):
+    edges(tmp_path, "ours", {"max_f": 20.0})
+    edges(tmp_path, "ours", {"ods_f": 40.0, "max_f": 24.0}, backbone="resnet18.a1_in1k")
+    apart = groups(tmp_path)
+    assert {group.headlines["edge"].key for group in apart} == {"max_f", "ods_f"}
+    (bundle,) = papers.bundles(apart)
+    assert [group.headlines["edge"].key for group in bundle] == ["max_f", "max_f"]
 
 
 def test_a_floor_that_has_the_metric_is_taken(tmp_path):
