@@ -196,6 +196,11 @@ def test_figures_that_moved_for_no_reason_are_a_warning(trained, tmp_path):
     assert line.count("–") == 2
 
 
+def test_a_metric_that_the_record_does_not_have_is_no_warning(trained, tmp_path):
+    done = bench(*altered(trained, tmp_path, lambda content: content["metrics"]["edge"].pop("ods_f")))
+    assert done.exit_code == 0 and "warning" not in done.output
+
+
 @pytest.mark.parametrize("before", [0, None])
 def test_a_figure_that_came_of_nothing_is_a_warning(trained, tmp_path, before):
     done = bench(*altered(trained, tmp_path, lambda content: content["metrics"]["edge"].update(ods_f=before)))
