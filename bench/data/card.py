@@ -146,6 +146,8 @@ class Card(BaseModel):
         for name, task in tasks.items():
             if TASKS[name].channels is None and len(task.classes) < 2:
                 raise ValueError(f"task {name!r} needs a list of at least two 'classes'")
+            if name != "edge" and "tolerance" in task.model_fields_set:
+                raise ValueError(f"task {name!r} has a tolerance, which is of edges alone")
         if not tasks:
             raise ValueError("at least one task is needed")
         return tasks

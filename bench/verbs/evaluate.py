@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -147,16 +148,21 @@ def _other_data(trained: Trained, root: Path | None) -> list[str]:
             subset.ids(card, split, root, limit, spec.tasks, spec.skipped)
             for split, limit in (("train", spec.limit_train), ("val", spec.limit_val))
         )
-        sizes = [file.st_size for names in (train, val) for file in cards.check_files(card, root, names, spec.tasks)]
+        files = [file for names in (train, val) for file in cards.check_files(card, root, names, spec.tasks)]
     except BenchError as error:
         return [f"perhaps the data, of which a part is not here: {error}"]
-    same = cards.fingerprint(card, train, val, spec.tasks, sizes) == spec.data_fingerprint
-    return [] if same else ["the card or the files are not those of the record"]
+    if cards.fingerprint(card, train, val, spec.tasks, [file.st_size for file in files]) != spec.data_fingerprint:
+        return ["the card or the files are not those of the record"]
+    # Contents are in no fingerprint: a file of the same size may have been changed.
+    seen = trained.record.provenance
+    began = datetime.fromisoformat(seen.started).timestamp() if seen and seen.started else math.inf
+    later = any(file.st_mtime > began + 1 for file in files)  # it is in whole seconds
+    return ["some of the files were written after its run began"] if later else []
 
 
 def write(trained: Trained, scores: Scores, place: Device, out: Path | None, console: Console) -> None:
     """Print the figures beside the record's, and write them to `out` where one is given."""
-    table = Table("task", "metric", *(Column(name, justify="right") for name in ("record", "now", "change")))
+    table = Table("task", "metric", *(Column(name, justify="right") for name in ("record", "now", "relative change")))
     moved = False
     for task, figures in scores.metrics.items():
         for metric in TASKS[task].metrics:
@@ -177,14 +183,16 @@ def write(trained: Trained, scores: Scores, place: Device, out: Path | None, con
         say(console, "warning: nothing but the figures differs from the record's run", "yellow")
     if out is not None:
         about = provenance.describe(place.slug, place.name)
+        about.code = code.fingerprint(spec.method)
         content = {
             "record": str(trained.path),
             "trained_sha256": trained.record.trained_sha256,
+            "card": trained.card.name,
             "images": scores.images,
             "differs": list(scores.differs),
             "metrics": scores.metrics,
             "per_class": scores.per_class,
-            "provenance": about.model_dump(mode="json"),
+            "provenance": about.model_dump(mode="json", exclude_defaults=True),
         }
         write_atomically(out, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         say(console, f"wrote {out}")

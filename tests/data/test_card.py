@@ -226,6 +226,11 @@ def test_tasks_are_chosen_in_the_cards_order():
     assert cards.choose_tasks(Card(**GOOD | {"default_tasks": ("depth",)}), None) == ("depth",)
 
 
+def test_a_tolerance_is_of_edges_alone():
+    with pytest.raises(ValueError, match="'depth' has a tolerance, which is of edges alone"):
+        Card(**GOOD | {"tasks": GOOD["tasks"] | {"depth": {"path": "{id}.npy", "tolerance": 0.01}}})
+
+
 def test_a_card_without_a_tolerance_keeps_the_fingerprint_of_before_there_was_one():
     """Else records from then would no longer be found, nor stand in a table with new ones."""
     card = Card(**GOOD)

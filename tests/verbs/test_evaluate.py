@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -129,6 +131,24 @@ def test_other_data_under_the_same_name_is_told(trained, tmp_path):
     (tmp_path / "a.png").unlink()  # of the training images
     done = bench(*args, "--device", "cpu")
     assert done.exit_code == 0 and "perhaps the data, of which a part is not here" in done.output
+
+
+def test_a_file_of_the_same_size_that_was_written_later_is_told(trained):
+    folder, path, record, card = trained
+    label = folder / "e-depth.npy"
+    before, time = label.read_bytes(), label.stat().st_mtime
+    np.save(label, np.load(label) * 2)
+    try:
+        began = datetime.fromisoformat(record.provenance.started).timestamp()
+        for written, told in ((began + 60, True), (began - 60, False)):
+            os.utime(label, (written, written))
+            done = bench("evaluate", "--record", path, *card, "--device", "cpu")
+            assert done.exit_code == 0
+            assert ("not as in the record: some of the files were written after" in done.output) == told
+            assert ("warning: nothing but the figures differs" in done.output) == (not told)
+    finally:
+        label.write_bytes(before)
+        os.utime(label, (time, time))
 
 
 def altered(trained, folder, change):
