@@ -145,7 +145,6 @@ def run(
         out,
         errors.print,
         cache,
-        read=not dry_run,
         shared_gpu=shared_gpu or dry_run,
         keep_weights=keep_weights,
         probes=probe_gradients,

@@ -21,7 +21,7 @@ from bench import yamlfile
 from bench.data import card as cards
 from bench.data import subset
 from bench.data.card import Card
-from bench.data.verify import unusable
+from bench.data.verify import examine
 from bench.errors import BenchError, did_you_mean
 from bench.measure import gpu_state, provenance
 from bench.spec import EvalSize, Job, MemoryUse, Precision, Protocol, RunSpec
@@ -97,7 +97,6 @@ class Data:
     limit_train: int | None
     limit_val: int | None
     skipped: tuple[str, ...] = ()
-    changed: float = 0.0  # seconds of the clock at which the newest of the files was written
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,6 @@ def jobs(
     out: Path,
     tell: Callable[[str], None] = lambda line: None,
     cache: str = "none",
-    read: bool = True,
     shared_gpu: bool = True,
     keep_weights: bool = True,
     probes: int = 0,
@@ -125,9 +123,9 @@ def jobs(
 ) -> list[Job]:
     """Every cell, in order: backbones, then methods, then seeds. Raises BenchError or MethodError in one line.
 
-    With `read`, every image and label in use is read once, so that a bad one is named before anything is trained.
-    Unless `shared_gpu`, a GPU on which another process computes is refused. Where `all` methods were asked for, those
-    that refuse a backbone are left out and `tell` hears why.
+    Every image and label in use is read once: a bad one is named before anything is trained, and the contents decide
+    which cells have been run already. Unless `shared_gpu`, a GPU on which another process computes is refused. Where
+    `all` methods were asked for, those that refuse a backbone are left out and `tell` hears why.
     """
     settings = _settings(suite, given)
     one_of("cache", cache, ("none", "ram", "disk"))
@@ -157,8 +155,8 @@ def jobs(
             # The weights of another model are refused here, once, and not by each cell.
             backbones.load_backbone(backbone, size, weights)
         built[backbone] = weights, _buildable(configured, backbone, size, card.channels(tasks), settings, tell)
-    # Last, because it takes longest: with `read`, every file is opened.
-    data = _data(settings, recipe, card, tasks, data_root, read, tell)
+    # Last, because it takes longest: every file is opened.
+    data = _data(settings, recipe, card, tasks, data_root, tell)
     cells = []
     for backbone, (weights, fitting) in built.items():
         for method, seed in itertools.product(fitting, seeds):
@@ -202,7 +200,6 @@ def jobs(
                     keep_weights=keep_weights,
                     probes=probes,
                     estimate=estimate,
-                    data_changed=data.changed,
                 )
             )
     return cells
@@ -250,7 +247,6 @@ def _data(
     card: Card,
     tasks: tuple[str, ...],
     root: Path | None,
-    read: bool,
     tell: Callable[[str], None],
 ) -> Data:
     if _length(settings, recipe)[1] == 0:
@@ -267,21 +263,19 @@ def _data(
     if both:
         tell(f"warning: {len(both)} of {len(names['val'])} validation images are trained on too, e.g. {min(both)}")
     skipped: tuple[str, ...] = ()
-    if card.source == "files" and (read or settings.skip_bad):
-        names, skipped = _usable(card, cards.require_root(card, root), names, tasks, settings, choose, tell)
-    files = [stat for chosen in names.values() for stat in cards.check_files(card, root, chosen, tasks)]
-    sizes = [stat.st_size for stat in files]
+    contents: dict[str, str] = {}
+    if card.source == "files":
+        names, skipped, contents = _usable(card, cards.require_root(card, root), names, tasks, settings, choose, tell)
     batch = settings.batch_size or recipe.batch_size
     if batch > len(names["train"]):
         tell(f"warning: batches are of all {len(names['train'])} training images, not of {batch}")
     # A limit that does not bind is none: the same images are the same cell.
     whole = {split: limit is None or limit >= len(cards.ids(card, split, root)) for split, limit in limits.items()}
     return Data(
-        cards.fingerprint(card, names["train"], names["val"], tasks, sizes),
+        cards.fingerprint(card, names["train"], names["val"], tasks, contents),
         None if whole["train"] else limits["train"],
         None if whole["val"] else limits["val"],
         skipped,
-        max((stat.st_mtime for stat in files), default=0.0),
     )
 
 
@@ -293,17 +287,18 @@ def _usable(
     settings: Settings,
     choose: Callable[[Sequence[str]], dict[str, list[str]]],
     tell: Callable[[str], None],
-) -> tuple[dict[str, list[str]], tuple[str, ...]]:
-    """The ids by split, all of them readable, and those that were left out for it.
+) -> tuple[dict[str, list[str]], tuple[str, ...], dict[str, str]]:
+    """The ids by split, all of them readable, those that were left out for it, and the digest of each one's files.
 
     Without --skip-bad a bad image is an error; with it, a limited split gets another image in its place.
     """
     skipped: list[str] = []
     while True:
         everything = list(dict.fromkeys(names["train"] + names["val"]))
-        bad = unusable(card, root, everything, tasks, provenance.usable_cores(), tell)
+        seen = examine(card, root, everything, tasks, provenance.usable_cores(), tell)
+        bad = seen.bad
         if not bad:
-            return names, tuple(skipped)
+            return names, tuple(skipped), seen.contents
         if not settings.skip_bad:
             more = f" (and {len(bad) - 1} more: `bench data check` lists them)" if len(bad) > 1 else ""
             raise BenchError(f"{card.name}: {next(iter(bad.values()))}{more}; --skip-bad goes on without such images")

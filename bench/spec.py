@@ -45,7 +45,7 @@ class RunSpec(BaseModel):
     method: str  # canonical expression, e.g. "bdta_mote[r=2]"
     backbone: str  # full timm name
     dataset: str
-    data_fingerprint: str  # of the card, the ids in use and their files; for efficiency alone, of the output channels
+    data_fingerprint: str  # of the card, the ids and their contents; for efficiency alone, of the output channels
     tasks: tuple[str, ...]
     protocol: Protocol
     decoder: str | None  # None = the protocol's own
@@ -142,7 +142,6 @@ class Job(BaseModel):
     tuned: Tuned | None = None  # what the trials of a recipe that tunes have shown
     keep_weights: bool = True  # what training changed, beside the record
     probes: int = 0  # how often in all to compare the tasks' gradients
-    data_changed: float = 0.0  # seconds of the clock at which the newest of its data files was written
     estimate: bool = True  # predict the cell's memory beside what is measured
 
     @property

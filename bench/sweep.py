@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -169,7 +168,7 @@ def _run_cell(job: Job, sweep: _Sweep, tried: dict[Path, Record]) -> Record:
                     result.write(job.out)
         if result is None:
             result = _run_shown(job, label, sweep)
-    sweep.console.print(_summary(label, verb, result, job.data_changed))
+    sweep.console.print(_summary(label, verb, result))
     return result
 
 
@@ -241,7 +240,7 @@ def _try(job: Job, label: str, sweep: _Sweep) -> Record:
     else:
         value = score(result)
         told = "no score" if value is None else f"score {value:.4f}"
-        origin = _origin(result, job.data_changed) if found else ""
+        origin = _origin(result) if found else ""
         sweep.console.print(f"{verb}  {label}: {told} on held-out training images{origin}")
     return result
 
@@ -320,17 +319,13 @@ def _show(event: dict, progress: Progress, line: TaskID) -> None:
         progress.update(line, **values)
 
 
-def _origin(kept: Record, data_changed: float) -> str:
-    """What a kept record may no longer stand for, in words. Of the data, a cell's name has ids and sizes alone."""
+def _origin(kept: Record) -> str:
+    """What a kept record may no longer stand for, in words."""
     other = _other_code(kept)
-    about = kept.provenance
-    began = datetime.fromisoformat(about.started).timestamp() if about and about.started else math.inf
-    old = [f"measured by {other}"] if other else []
-    old += ["before some of its data files were written"] if began + 1 < data_changed else []  # it is in whole seconds
-    return f", {', '.join(old)}: --fresh runs it again" if old else ""
+    return f", measured by {other}: --fresh runs it again" if other else ""
 
 
-def _summary(label: str, verb: str, result: Record, data_changed: float) -> str:
+def _summary(label: str, verb: str, result: Record) -> str:
     """A line of what a cell has come to, with the digits by which `bench show` finds its record."""
     name = f"[dim]({result.path(Path()).stem})[/dim]"
     if result.status != "ok":
@@ -338,6 +333,6 @@ def _summary(label: str, verb: str, result: Record, data_changed: float) -> str:
         again = " (--retry runs it again)" if verb == "kept" else ""
         reason = f": {escape(result.failure.message)}" if result.failure else ""
         return f"[red]{kept}{result.status.replace('_', ' ')}[/red]  {label}{reason}{again} {name}"
-    origin = _origin(result, data_changed) if verb == "kept" else ""
+    origin = _origin(result) if verb == "kept" else ""
     figures = f"{result.parameters.trainable / 1e6:.2f} M trainable, {result.time.median:.3f} s/batch"
     return f"[green]{verb}[/green]  {label}: {figures} on {result.time.device}{origin} {name}"

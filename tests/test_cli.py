@@ -21,6 +21,7 @@ from bench import grid, resources, run
 from bench.cli import app
 from bench.data import card as cards
 from bench.data.loader import DenseDataset
+from bench.data.verify import Seen
 from bench.grid import load_suite
 from bench.record import scan
 from bench.resources import ROOT
@@ -281,7 +282,7 @@ def test_a_broken_file_is_named_before_anything_runs(own, name):
     assert str(own / name) in line and expected in line and "--skip-bad" in line
     assert not Path("runs").exists()
     assert refusal(*OWN, "--data-root", own) == line  # remembered, not forgotten
-    assert bench(*OWN, "--data-root", own, "--dry-run").exit_code == 0  # reads no image
+    assert refusal(*OWN, "--data-root", own, "--dry-run") == line
 
 
 @pytest.mark.parametrize(
@@ -311,15 +312,26 @@ def test_skip_bad_puts_another_image_in_the_place_of_a_bad_one(own):
     assert job.spec.skipped == ("a",) and data.names == ["b"]
 
 
-def test_a_kept_cell_says_that_its_data_were_written_later(own):
-    """A corrected label as large as the old one is the same cell by its name."""
-    run = (*OWN, "--data-root", own, "--steps", "1")
-    assert bench(*run).exit_code == 0
-    again = bench(*run).stdout
-    assert "kept" in again and "data files" not in again
+def test_a_cell_is_known_by_what_is_in_its_files(own, tmp_path):
+    """A corrected label of the same size makes another cell; files written anew or elsewhere do not."""
+    run, file = (*OWN, "--steps", "1", "--data-root"), own / "b-seg.png"
+    label = np.array(Image.open(file))
+
+    def write(value):
+        label[0, 0] = value
+        Image.fromarray(label).save(file, compress_level=0)
+        return file.stat().st_size
+
+    size = write(0)
+    assert "done" in bench(*run, own).stdout
     later = time.time() + 60
-    os.utime(own / "b-seg.png", (later, later))
-    assert "before some of its data files were written: --fresh runs it again" in bench(*run).stdout
+    os.utime(file, (later, later))
+    copy = shutil.copytree(own, tmp_path / "copy", ignore=shutil.ignore_patterns("runs", "copy"))
+    for folder in (own, copy):
+        assert "kept" in bench(*run, folder).stdout
+    assert write(1) == size
+    assert "done" in bench(*run, own).stdout and "kept" in bench(*run, own).stdout
+    assert len(list(scan(Path("runs")))) == 2
 
 
 def test_what_is_trained_and_validated_on_is_warned_about(own):
@@ -348,7 +360,8 @@ def test_a_file_that_breaks_while_it_runs_makes_a_failed_cell_that_names_it_in_o
 
 
 def test_cells_that_meet_a_broken_file_fail_one_by_one_and_are_recorded(own, monkeypatch):
-    monkeypatch.setattr(grid, "unusable", lambda *_: {})  # it breaks after all have been read
+    # It breaks after all have been read.
+    monkeypatch.setattr(grid, "examine", lambda _, __, names, *___: Seen(dict.fromkeys(names, ""), {}))
     (own / "b.jpg").write_bytes((own / "b.jpg").read_bytes()[:500])
     result = bench(*OWN, "--data-root", own, "--seeds", "0,1", "--out", "kept")
     assert result.exit_code == 1

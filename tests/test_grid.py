@@ -7,8 +7,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from bench import grid
 from bench import recipe as recipes
@@ -30,8 +32,8 @@ RECIPE = {
 SMALL = {"methods": "decoder_only", "weights": "random", "image_size": 32, "recipe": "smoke"}
 
 
-def jobs(suite=None, out=Path("runs"), data_root=None, read=True, **given):
-    return grid.jobs(suite, given, data_root, "cpu", None, out, read=read)
+def jobs(suite=None, out=Path("runs"), data_root=None, **given):
+    return grid.jobs(suite, given, data_root, "cpu", None, out)
 
 
 def spec(**given) -> RunSpec:
@@ -287,10 +289,11 @@ def test_where_records_and_data_lie_is_in_no_hash(tmp_path):
     found = []
     for root in (tmp_path / "here", tmp_path / "there"):
         root.mkdir()
-        for name, text in {"ids.txt": "a", "a.jpg": "", "a.npy": ""}.items():
-            (root / name).write_text(text)
+        (root / "ids.txt").write_text("a")
+        Image.new("RGB", (8, 8)).save(root / "a.jpg")
+        np.save(root / "a.npy", np.ones((8, 8), np.float32))
         given = SMALL | {"dataset": str(tmp_path / "own.yaml")}
-        found += jobs(data_root=root, out=root / "runs", read=False, **given)
+        found += jobs(data_root=root, out=root / "runs", **given)
     here, there = found
     assert here.record_path != there.record_path and here.data_root != there.data_root
     assert here.spec == there.spec

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -272,22 +271,23 @@ def files_of(card: Card, root: Path, name: str, tasks: Sequence[str]) -> list[Pa
     return files
 
 
-def check_files(card: Card, root: Path | None, names: list[str], tasks: tuple[str, ...]) -> list[os.stat_result]:
-    """What the system knows of all files in use. Raises BenchError naming the first one that is not there."""
+def check_files(card: Card, root: Path | None, names: list[str], tasks: tuple[str, ...]) -> None:
+    """Raises BenchError naming the first file in use that is not there."""
     if card.source != "files":
-        return []
+        return
     folder = require_root(card, root)
     files = [file for name in names for file in files_of(card, folder, name, tasks)]
     missing = [file for file in files if not file.is_file()]
     if missing:
         more = f" and {len(missing) - 1} more files" if len(missing) > 1 else ""
         raise BenchError(f"{card.name}: missing {missing[0]}{more}")
-    return [file.stat() for file in files]
 
 
-def fingerprint(card: Card, train: list[str], val: list[str], tasks: tuple[str, ...], sizes: Sequence[int] = ()) -> str:
-    """Twelve hex digits of what the card says, the tasks, the ids in use, the sizes of their files and, for scenes,
-    the renderer's version. Contents are not read: a file changed without changing its size is not noticed."""
+def fingerprint(
+    card: Card, train: list[str], val: list[str], tasks: tuple[str, ...], contents: Mapping[str, str] | None = None
+) -> str:
+    """Twelve hex digits of what the card says, the tasks, the ids in use, the contents of their files (id -> digest)
+    and, for scenes, the renderer's version. Where the files lie and when they were written is no part of it."""
     said = card.model_dump(mode="json", exclude={"title", "licence", "homepage", "fetch"})
     for task in said["tasks"].values():
         # Where it says nothing of the figures, so that records from before cards had it keep their place.
@@ -298,7 +298,7 @@ def fingerprint(card: Card, train: list[str], val: list[str], tasks: tuple[str, 
         train,
         val,
         tasks,
-        list(sizes),
+        [contents[name] for name in (*train, *val)] if contents else [],
         scenes.VERSION if card.source == "scenes" else None,
     ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -31,6 +33,7 @@ class Sample:
     labelled: dict[str, int] = field(default_factory=dict)  # task -> pixels with a label
     classes: dict[str, dict[int, int]] = field(default_factory=dict)  # task -> class -> pixels
     depths: tuple[float, float, float] | None = None  # least, median and largest, in metres
+    contents: str = ""  # digest of all its files' bytes
 
 
 @dataclass
@@ -38,6 +41,7 @@ class Summary:
     """A split, all samples together."""
 
     images: int = 0
+    contents: str = ""
     problems: list[str] = field(default_factory=list)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     pixels: int = 0
@@ -48,6 +52,7 @@ class Summary:
 
     def add(self, sample: Sample) -> None:
         self.images += 1
+        self.contents = hashlib.sha256((self.contents + sample.contents).encode()).hexdigest()
         self.problems += sample.problems
         if sample.size:
             self.sizes[sample.size] += 1
@@ -62,7 +67,7 @@ class Summary:
 
 def inspect(card: Card, root: Path, name: str, tasks: Sequence[str]) -> Sample:
     """Read one image and its labels; whatever is wrong becomes a line."""
-    found = Sample()
+    found = Sample(contents=_digest(cards.files_of(card, root, name, tasks)))
     try:
         image = decode.read_image(root / card.image.format(id=name))
         found.size = image.shape[:2]
@@ -89,6 +94,15 @@ def inspect(card: Card, root: Path, name: str, tasks: Sequence[str]) -> Sample:
             values, counts = np.unique(label[valid], return_counts=True)
             found.classes[task] = dict(zip(values.tolist(), counts.tolist(), strict=True))
     return found
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """Of the bytes of those that can be read; what is wrong with the others is told where they are decoded."""
+    digest = hashlib.sha256()
+    for path in files:
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:32]
 
 
 def inspect_all(
@@ -137,6 +151,7 @@ def _print(card: Card, split: str, summary: Summary, tasks: Sequence[str], conso
     sizes = ", ".join(f"{h}x{w} ({n})" for (h, w), n in summary.sizes.most_common(3))
     more = f" and {len(summary.sizes) - 3} more sizes" if len(summary.sizes) > 3 else ""
     console.print(f"\n[bold]{split}[/bold]: {summary.images} images, {sizes or 'none readable'}{more}")
+    console.print(f"contents {summary.contents[:16]}: the same digits wherever the files are the same", highlight=False)
     table = Table()
     for column in ("task", "labelled pixels", "images without a label", "values"):
         table.add_column(column, justify="left" if column in ("task", "values") else "right", overflow="fold")

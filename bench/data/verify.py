@@ -1,4 +1,4 @@
-"""Whether every image of a run can be used, found before the first step and not after the last one."""
+"""Whether every image of a run can be used, and what its files hold: found before the first step, not the last."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.data import derived
@@ -17,18 +18,27 @@ from bench.record import write_atomically
 FEW = 32  # images that are read faster than processes start
 
 
-def unusable(
-    card: Card, root: Path, names: Sequence[str], tasks: Sequence[str], workers: int, tell: Callable[[str], None]
-) -> dict[str, str]:
-    """Id -> what is wrong with its image or labels, for those that cannot be used.
+@dataclass(frozen=True)
+class Seen:
+    """`contents`: id -> digest of the bytes of its image and labels; `bad`: id -> what is wrong with them, for those
+    that cannot be used."""
 
-    Files are read once: that all are good is kept in the cache folder as long as no file changes. `tell` hears of slow
-    reading. A missing file is a problem like any other. Raises BenchError where labels cannot be derived for want of a
-    cache folder.
+    contents: dict[str, str]
+    bad: dict[str, str]
+
+
+def examine(
+    card: Card, root: Path, names: Sequence[str], tasks: Sequence[str], workers: int, tell: Callable[[str], None]
+) -> Seen:
+    """Read every file of these images once: where all are good, that is kept in the cache folder as long as no file
+    changes.
+
+    `tell` hears of slow reading. A missing file is a problem like any other. Raises BenchError where labels cannot be
+    derived for want of a cache folder.
     """
-    kept = derived.folder() / "checked" / f"{_digest(card, root, names, tasks)}.json"
+    kept = derived.folder() / "read" / f"{_digest(card, root, names, tasks)}.json"
     with contextlib.suppress(OSError, ValueError):
-        return json.loads(kept.read_text(encoding="utf-8"))
+        return Seen(json.loads(kept.read_text(encoding="utf-8")), {})
     if len(names) > FEW:
         tell(f"reading {len(names)} images and their labels once, to see that all can be used")
         found = dict(inspect_all(card, root, names, tasks, workers))
@@ -38,10 +48,11 @@ def unusable(
     cacheless = next((problem for problem in bad.values() if problem.startswith("cannot cache")), None)
     if cacheless is not None:  # no fault of the image's
         raise BenchError(cacheless)
+    contents = {name: sample.contents for name, sample in found.items()}
     if not bad:  # a disk's or a network's fault may pass: what is bad is read again next time
         with contextlib.suppress(BenchError):
-            write_atomically(kept, json.dumps(bad))
-    return bad
+            write_atomically(kept, json.dumps(contents))
+    return Seen(contents, bad)
 
 
 def _digest(card: Card, root: Path, names: Sequence[str], tasks: Sequence[str]) -> str:

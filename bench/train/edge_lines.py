@@ -7,11 +7,14 @@ Zitnick, TPAMI 2015, whose code the papers' odsF comes from). All in numpy, one 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 LEVELS = 100  # thresholds 0.01 to 0.99
 TRIANGLE = np.array([1, 2, 3, 4, 5, 4, 3, 2, 1]) / 25
 SLACK = 1.01  # so much lower than its neighbour a pixel may be
+TOGETHER = 256  # pixels
 RIM = 5  # pixels from the image's border within which strengths fall to zero
 
 
@@ -107,32 +110,28 @@ def matched(strengths: np.ndarray, truth: np.ndarray, distance: float) -> np.nda
     height, width = truth.shape
     stride = width + 2 * reach
     around = np.add.outer(offsets * stride, offsets)[near]
-    numbers = np.full((height + 2 * reach, stride), -1)
-    inside = numbers[reach : reach + height, reach : reach + width]
-    inside[truth] = np.arange(truth.sum())
+    count = int(truth.sum())
+    numbers = np.full((height + 2 * reach, stride), count)  # of the true pixels; `count` where there is none
+    numbers[reach : reach + height, reach : reach + width][truth] = np.arange(count)
     numbers = numbers.ravel()
 
     rows, columns = np.nonzero(strengths >= 1 / LEVELS)
     levels = (strengths[rows, columns] * LEVELS).astype(int).clip(max=LEVELS - 1)
     order = np.argsort(-levels, kind="stable")
     places = ((rows + reach) * stride + columns + reach)[order]
-    count = int(truth.sum())
+    levels = levels[order]
     owner = np.full(count, -1)  # the predicted pixel that a true one is matched to
     partner = np.full(len(places), -1)
-    closed = np.zeros(count, bool)
-    seen, found_by = np.full(count, -1), np.full(count, -1)
+    closed = np.append(np.zeros(count, bool), True)
+    seen, found_by = np.full(count + 1, -1), np.full(count + 1, -1)
 
-    grown, left = np.zeros(LEVELS, int), count
-    for pixel, level in enumerate(levels[order].tolist()):
-        if not left:
-            break
+    grown = np.zeros(LEVELS, int)
+    for pixel in _with_an_open_neighbour(places, around, numbers, closed):
         asking, visited, end = np.array([pixel]), [], -1
         while len(asking) and end < 0:
             near_by = numbers[places[asking][:, None] + around]
-            who, which = np.nonzero(near_by >= 0)
+            who, which = np.nonzero(~closed[near_by] & (seen[near_by] != pixel))
             found, by = near_by[who, which], asking[who]
-            new = ~closed[found] & (seen[found] != pixel)
-            found, by = found[new], by[new]
             seen[found], found_by[found] = pixel, by
             free = found[owner[found] < 0]
             if len(free):
@@ -143,11 +142,20 @@ def matched(strengths: np.ndarray, truth: np.ndarray, distance: float) -> np.nda
             for found in visited:
                 closed[found] = True
             continue
-        grown[level] += 1
-        left -= 1
+        grown[levels[pixel]] += 1
         while end >= 0:
             giver = int(found_by[end])
             before = int(partner[giver])
             owner[end], partner[giver] = giver, end
             end = before
     return grown
+
+
+def _with_an_open_neighbour(
+    places: np.ndarray, around: np.ndarray, numbers: np.ndarray, closed: np.ndarray
+) -> Iterator[int]:
+    """Indices of `places` in order, without those near which no true pixel is left to ask: most, where more is drawn
+    than is true. `closed` is what it is when they are asked for, some at a time."""
+    for first in range(0, len(places), TOGETHER):
+        some = places[first : first + TOGETHER]
+        yield from (first + np.flatnonzero(~closed[numbers[some[:, None] + around]].all(1))).tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -100,7 +100,7 @@ def score(
         {t: {key: v if math.isfinite(v) else None for key, v in figures.items()} for t, figures in values.items()},
         {task: dict(zip(classes[task], found, strict=True)) for task, found in per_class.items()},
         len(samples),
-        tuple(_differences(trained, root, place, chosen, most, batch_size or spec.batch_size, precision)),
+        tuple(_differences(trained, root, place, chosen, most, batch_size or spec.batch_size, precision, console)),
     )
 
 
@@ -112,6 +112,7 @@ def _differences(
     limit: int | None,
     batch_size: int,
     precision: Precision,
+    console: Console,
 ) -> list[str]:
     spec, seen, now = trained.record.spec, trained.record.provenance, provenance.describe(place.slug, place.name)
     found = []
@@ -121,7 +122,7 @@ def _differences(
         found.append(f"at most {limit or 'all'} images, not {spec.limit_val or 'all'}")
     if batch_size != spec.batch_size:
         found.append(f"in batches of {batch_size}, not {spec.batch_size}")
-    found += _other_data(trained, root)
+    found += _other_data(trained, root, console)
     if precision != spec.precision:
         found.append(f"{precision}, not {spec.precision}")
     if seen is None or now.device_name != seen.device_name:
@@ -137,10 +138,10 @@ def _differences(
     return found
 
 
-def _other_data(trained: Trained, root: Path | None) -> list[str]:
+def _other_data(trained: Trained, root: Path | None, console: Console) -> list[str]:
     """A line where the data has not the record's fingerprint, or it cannot be told: training images are a part of it,
     and may not be here."""
-    from bench.data import subset
+    from bench.data import subset, verify
 
     spec, card = trained.record.spec, trained.card
     try:
@@ -148,16 +149,17 @@ def _other_data(trained: Trained, root: Path | None) -> list[str]:
             subset.ids(card, split, root, limit, spec.tasks, spec.skipped)
             for split, limit in (("train", spec.limit_train), ("val", spec.limit_val))
         )
-        files = [file for names in (train, val) for file in cards.check_files(card, root, names, spec.tasks)]
+        contents = None
+        if card.source == "files":
+            names = list(dict.fromkeys((*train, *val)))
+            seen = verify.examine(card, root, names, spec.tasks, provenance.usable_cores(), partial(say, console))
+            if seen.bad:
+                raise BenchError(next(iter(seen.bad.values())))
+            contents = seen.contents
     except BenchError as error:
         return [f"perhaps the data, of which a part is not here: {error}"]
-    if cards.fingerprint(card, train, val, spec.tasks, [file.st_size for file in files]) != spec.data_fingerprint:
-        return ["the card or the files are not those of the record"]
-    # Contents are in no fingerprint: a file of the same size may have been changed.
-    seen = trained.record.provenance
-    began = datetime.fromisoformat(seen.started).timestamp() if seen and seen.started else math.inf
-    later = any(file.st_mtime > began + 1 for file in files)  # it is in whole seconds
-    return ["some of the files were written after its run began"] if later else []
+    same = cards.fingerprint(card, train, val, spec.tasks, contents) == spec.data_fingerprint
+    return [] if same else ["the card or the files are not those of the record"]
 
 
 def write(trained: Trained, scores: Scores, place: Device, out: Path | None, console: Console) -> None:

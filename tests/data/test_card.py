@@ -253,6 +253,11 @@ def test_the_fingerprint_changes_with_what_decides_the_data():
         cards.fingerprint(card.model_copy(update={"tasks": card.tasks | {"depth": depth}}), train, val, tasks),
     }
     assert len(others) == 6 and base not in others
+    digests = {"1": "a", "2": "b", "3": "c"}
+    known = cards.fingerprint(card, train, val, tasks, digests)
+    assert cards.fingerprint(card, train, val, tasks, digests | {"4": "d"}) == known
+    for name in digests:
+        assert cards.fingerprint(card, train, val, tasks, digests | {name: "e"}) != known
     assert cards.fingerprint(card.model_copy(update={"title": "Reworded"}), train, val, tasks) == base
     near, far = (
         card.model_copy(update={"tasks": card.tasks | {"edge": TaskCard(path="{id}.png", **tolerance)}})

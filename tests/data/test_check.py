@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+import shutil
+
 import numpy as np
 import pytest
 import yaml
@@ -73,6 +77,38 @@ def test_a_good_folder(own):
     assert done.exit_code == 0 and "all files are readable and fit the card" in done.output
     assert "train: 3 images, 6x8 (3)" in done.output and "val: 1 images" in done.output
     assert "floor 85.7 %, wall 14.3 %; 1 of 3 classes never: lamp" in done.output
+
+
+def test_contents_are_the_files_bytes(own, tmp_path):
+    """Every file of a sample counts, of the chosen tasks alone; its time and place do not."""
+    card = cards.load(str(own / "own.yaml"))
+
+    def contents(folder, tasks=("semseg", "depth")):
+        return inspect(card, folder, "a", tasks).contents
+
+    before = contents(own)
+    files = [(own / f"a{end}").read_bytes() for end in (".jpg", "-seg.png", "-depth.npy")]
+    parts = b"".join(hashlib.sha256(file).digest() for file in files)
+    assert before == hashlib.sha256(parts).hexdigest()[:32]
+    elsewhere = shutil.copytree(own, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("elsewhere"))
+    assert contents(elsewhere) == before
+    for end, data in zip((".jpg", "-seg.png", "-depth.npy"), files, strict=True):
+        (elsewhere / f"a{end}").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        assert contents(elsewhere) != before
+        (elsewhere / f"a{end}").write_bytes(data)
+    (elsewhere / "a-depth.npy").unlink()
+    assert contents(elsewhere) != before and contents(elsewhere, ("semseg",)) == contents(own, ("semseg",))
+
+
+def test_two_copies_are_compared_by_their_digits(own):
+    def digits():
+        return re.findall("contents ([0-9a-f]{16}):", run(own).output)
+
+    train, val = digits()
+    np.save(own / "d-depth.npy", np.full((6, 8), 3.0))
+    assert digits()[0] == train and digits()[1] != val
+    (own / "train.txt").write_text("a c b")
+    assert digits()[0] != train
 
 
 def test_what_bench_run_refuses_is_refused(own):
