@@ -16,6 +16,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stdout, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -135,6 +136,30 @@ def _has_touched_a_gpu() -> bool:
         with suppress(OSError):  # the listing's own
             links.append(os.readlink(entry))
     return torch.cuda._is_in_bad_fork() or any(link.startswith("/dev/nvidia") for link in links)
+
+
+@contextmanager
+def pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
+    """So many processes for work that needs nothing but numpy; None for fewer than two.
+
+    They import what the work needs and nothing else, and end with this process however it ends.
+    """
+    if workers < 2:
+        yield None
+        return
+    context = multiprocessing.get_context(METHOD)
+    with ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as made:
+        yield made
+
+
+def _end_with_parent() -> None:
+    """Else a pool's idle processes outlive one that is killed: they hold each other's pipes open."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

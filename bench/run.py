@@ -11,6 +11,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Literal
 
+from bench import processes
 from bench.data import card as cards
 from bench.errors import BenchError
 from bench.failure import classify
@@ -239,25 +240,28 @@ def _train_and_evaluate(cell: _Cell, record: Record, emit: Emit) -> None:
             yield batch
             emit("step", step=step, total=len(batches))
 
-    if spec.trial is None:
-        emit("phase", name="constant predictions")
-        fit_set = cell.samples("train", names=evenly_spaced(train_set.names, FLOOR_SAMPLES))
-        fit, score = (validation_batches(d, spec.batch_size, job.workers, pin=False) for d in (fit_set, val_set))
-        sums = sum_labels(watched(fit), cell.channels)
-        constants = best_constants(sums)
-        floors = (constants, without_foreground(constants), best_maps(sums))
-        everywhere, nowhere, places = score_floors(floors, watched(score), cell.channels, cell.card.edge_tolerance)
-        record.floor, record.floor_map = map(_finite, (better(everywhere, nowhere), places))
-    emit("phase", name="evaluate")
-    values, per_class = evaluate(
-        trainer.model,
-        val_set,
-        cell.channels,
-        spec.batch_size,
-        job.workers,
-        accelerator,
-        lambda step, total: emit("step", step=step, total=total),
-    )
+    with processes.pool(job.workers if "edge" in cell.channels else 0) as pool:
+        if spec.trial is None:
+            emit("phase", name="constant predictions")
+            fit_set = cell.samples("train", names=evenly_spaced(train_set.names, FLOOR_SAMPLES))
+            fit, score = (validation_batches(d, spec.batch_size, job.workers, pin=False) for d in (fit_set, val_set))
+            sums = sum_labels(watched(fit), cell.channels)
+            constants = best_constants(sums)
+            floors = (constants, without_foreground(constants), best_maps(sums))
+            tolerance = cell.card.edge_tolerance
+            everywhere, nowhere, places = score_floors(floors, watched(score), cell.channels, tolerance, pool)
+            record.floor, record.floor_map = map(_finite, (better(everywhere, nowhere), places))
+        emit("phase", name="evaluate")
+        values, per_class = evaluate(
+            trainer.model,
+            val_set,
+            cell.channels,
+            spec.batch_size,
+            job.workers,
+            accelerator,
+            lambda step, total: emit("step", step=step, total=total),
+            pool,
+        )
     record.metrics = _finite(values)
     record.per_class = {
         task: dict(zip(cell.card.tasks[task].classes, values, strict=True)) for task, values in per_class.items()

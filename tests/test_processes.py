@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
+from pathlib import Path
 
 import pytest
 
@@ -85,7 +87,7 @@ def python(code, tmp_path):
     """The code in an interpreter of its own, with `tmp_path` and this repository to import from."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
 
 
 @LINUX
@@ -159,6 +161,50 @@ def test_a_preload_that_fails_costs_time_alone(tmp_path):
     """
     done = python(code, tmp_path)
     assert done.stdout == "all\n" and "another CUDA version" in done.stderr
+
+
+def test_a_pool_is_of_several_processes_that_know_neither_torch_nor_this_one(tmp_path):
+    for few in (0, 1):
+        with processes.pool(few) as pool:
+            assert pool is None
+    (tmp_path / "target.py").write_text(
+        "import os, sys\ndef f(n):\n    return n, 'torch' in sys.modules, os.getpid()\n"
+    )
+    code = """
+        import os, target, torch
+        from bench import processes
+        with processes.pool(2) as pool:
+            found = list(pool.map(target.f, range(9)))
+        print([n for n, _, _ in found], any(known for _, known, _ in found), os.getpid() in {pid for *_, pid in found})
+    """
+    done = python(code, tmp_path)
+    assert done.stdout == f"{list(range(9))} False False\n", done.stderr
+
+
+@LINUX
+def test_a_pool_ends_with_a_process_that_is_killed(tmp_path):
+    code = """
+        import os, signal
+        from bench import processes
+        with processes.pool(2) as pool:
+            print(*{pool.submit(os.getpid).result() for _ in range(20)}, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = python(code, tmp_path)
+    left = {int(pid) for pid in done.stdout.split()}
+    assert left and done.returncode == -signal.SIGKILL
+    end = time.monotonic() + 30
+    while left and time.monotonic() < end:
+        time.sleep(0.05)
+        left = {pid for pid in left if alive(pid)}
+    assert not left
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def test_what_cannot_be_read_back_is_told_in_the_log(tmp_path):

@@ -7,13 +7,14 @@ Zitnick, TPAMI 2015, whose code the papers' odsF comes from). All in numpy, one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 
 import numpy as np
 
 LEVELS = 100  # thresholds 0.01 to 0.99
 TRIANGLE = np.array([1, 2, 3, 4, 5, 4, 3, 2, 1]) / 25
 SLACK = 1.01  # so much lower than its neighbour a pixel may be
+FREE = -1
 TOGETHER = 256  # pixels
 RIM = 5  # pixels from the image's border within which strengths fall to zero
 
@@ -93,6 +94,24 @@ def lines(probability: np.ndarray) -> np.ndarray:
     return np.where(thinned(strengths >= 1 / LEVELS), strengths, 0)
 
 
+def counts(
+    probability: np.ndarray, truth: np.ndarray, valid: np.ndarray, tolerance: float
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Of one image: drawn and matched pixels by the level that they are drawn at, (LEVELS,) of int each, and how many
+    pixels the true lines have.
+
+    probability (H, W); truth and valid (H, W): bool, whether a pixel is an edge and whether that is known. `tolerance`
+    is a share of the diagonal.
+    """
+    strengths, true = np.where(valid, lines(probability.astype(float)), 0), thinned(truth)
+    drawn = np.bincount(_levels(strengths[strengths >= 1 / LEVELS]), minlength=LEVELS)
+    return drawn, matched(strengths, true, tolerance * math.hypot(*truth.shape)), int(true.sum())
+
+
+def _levels(strengths: np.ndarray) -> np.ndarray:
+    return (strengths * LEVELS).astype(int).clip(max=LEVELS - 1)
+
+
 def matched(strengths: np.ndarray, truth: np.ndarray, distance: float) -> np.ndarray:
     """(LEVELS,) of int: by how many the matched pixels grow when the threshold falls to k / LEVELS.
 
@@ -100,62 +119,76 @@ def matched(strengths: np.ndarray, truth: np.ndarray, distance: float) -> np.nda
     apart than `distance` pixels, and as many as can be, at every threshold: a maximum matching. (The papers' tool
     minimises distances as well, in an assignment solved approximately, and so finds at most as many.)
 
-    One pass from the strongest pixel on: each looks for a free true pixel, or for a chain of pixels that can pass
-    theirs on (Kuhn's algorithm, which keeps a matching of the pixels so far maximal). Where a search fails, so does
-    every later one that gets there: these true pixels are never looked at again.
+    One pass from the strongest level on. Its pixels first take what is free near them; each that finds nothing looks
+    for a chain of pixels that can pass theirs on (Kuhn's algorithm, which keeps a matching of the pixels so far
+    maximal). Where a search fails, so does every later one that gets there: its true pixels are never asked again.
     """
     reach = int(distance)
     offsets = np.arange(-reach, reach + 1)
-    near = np.add.outer(offsets**2, offsets**2) <= distance**2
+    squares = np.add.outer(offsets**2, offsets**2)
     height, width = truth.shape
     stride = width + 2 * reach
-    around = np.add.outer(offsets * stride, offsets)[near]
+    nearest_first = np.argsort(squares, axis=None, kind="stable")[: (squares <= distance**2).sum()]
+    around = np.add.outer(offsets * stride, offsets).ravel()[nearest_first]
     count = int(truth.sum())
     numbers = np.full((height + 2 * reach, stride), count)  # of the true pixels; `count` where there is none
     numbers[reach : reach + height, reach : reach + width][truth] = np.arange(count)
     numbers = numbers.ravel()
 
     rows, columns = np.nonzero(strengths >= 1 / LEVELS)
-    levels = (strengths[rows, columns] * LEVELS).astype(int).clip(max=LEVELS - 1)
+    levels = _levels(strengths[rows, columns])
     order = np.argsort(-levels, kind="stable")
     places = ((rows + reach) * stride + columns + reach)[order]
-    levels = levels[order]
-    owner = np.full(count, -1)  # the predicted pixel that a true one is matched to
-    partner = np.full(len(places), -1)
+    owner = np.append(np.full(count, FREE), 0)  # the predicted pixel that a true one is matched to
+    partner = np.full(len(places), FREE)
     closed = np.append(np.zeros(count, bool), True)
-    seen, found_by = np.full(count + 1, -1), np.full(count + 1, -1)
+    seen, found_by = np.full(count, -1), np.full(count, -1)
 
-    grown = np.zeros(LEVELS, int)
-    for pixel in _with_an_open_neighbour(places, around, numbers, closed):
-        asking, visited, end = np.array([pixel]), [], -1
-        while len(asking) and end < 0:
-            near_by = numbers[places[asking][:, None] + around]
-            who, which = np.nonzero(~closed[near_by] & (seen[near_by] != pixel))
-            found, by = near_by[who, which], asking[who]
+    def take(pixels: np.ndarray, near: np.ndarray) -> np.ndarray:
+        """Each the nearest free true pixel of its row in `near`; those that are left without one."""
+        while True:
+            free = owner[near] == FREE
+            wanting = np.flatnonzero(free.any(1))
+            if not len(wanting):
+                return pixels
+            taken, winners = np.unique(near[wanting, free[wanting].argmax(1)], return_index=True)
+            winners = wanting[winners]
+            owner[taken], partner[pixels[winners]] = pixels[winners], taken
+            pixels, near = np.delete(pixels, winners), np.delete(near, winners, axis=0)
+
+    def search(pixel: int) -> bool:
+        """Whether the others could make room for it."""
+        asking, visited = np.array([pixel]), []
+        while len(asking):
+            near = numbers[places[asking][:, None] + around]
+            who, which = np.nonzero(~closed[near])
+            found, by = near[who, which], asking[who]
+            new = seen[found] != pixel
+            found, by = found[new], by[new]
             seen[found], found_by[found] = pixel, by
-            free = found[owner[found] < 0]
+            free = found[owner[found] == FREE]
             if len(free):
                 end = int(free[0])
+                while end != FREE:
+                    giver = int(found_by[end])
+                    before = int(partner[giver])
+                    owner[end], partner[giver] = giver, end
+                    end = before
+                return True
             visited.append(found)
             asking = np.unique(owner[found])
-        if end < 0:
-            for found in visited:
-                closed[found] = True
-            continue
-        grown[levels[pixel]] += 1
-        while end >= 0:
-            giver = int(found_by[end])
-            before = int(partner[giver])
-            owner[end], partner[giver] = giver, end
-            end = before
+        for found in visited:
+            closed[found] = True
+        return False
+
+    grown = np.zeros(LEVELS, int)
+    starts = np.flatnonzero(np.diff(levels[order], prepend=LEVELS))
+    for of_level in np.split(np.arange(len(places)), starts[1:]) if len(places) else ():
+        for first in range(0, len(of_level), TOGETHER):
+            pixels = of_level[first : first + TOGETHER]
+            near = numbers[places[pixels][:, None] + around]
+            hopeful = ~closed[near].all(1)
+            pixels = pixels[hopeful]
+            left = take(pixels, near[hopeful])
+            grown[levels[order[of_level[0]]]] += len(pixels) - len(left) + sum(map(search, left.tolist()))
     return grown
-
-
-def _with_an_open_neighbour(
-    places: np.ndarray, around: np.ndarray, numbers: np.ndarray, closed: np.ndarray
-) -> Iterator[int]:
-    """Indices of `places` in order, without those near which no true pixel is left to ask: most, where more is drawn
-    than is true. `closed` is what it is when they are asked for, some at a time."""
-    for first in range(0, len(places), TOGETHER):
-        some = places[first : first + TOGETHER]
-        yield from (first + np.flatnonzero(~closed[numbers[some[:, None] + around]].all(1))).tolist()

@@ -6,6 +6,7 @@ Apart from the training loop because torchmetrics takes longer to import than to
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 
 import torch
 from accelerate import Accelerator
@@ -26,15 +27,18 @@ def evaluate(
     workers: int,
     accelerator: Accelerator,
     report: Callable[[int, int], None],
+    pool: Executor | None = None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[float | None]]]:
     """Metrics of every task at the labels' resolution (the network's, unless the data set keeps original labels: then
-    predictions are resized to each), and IoU by class where a task has classes. Raises DivergedError for a model whose
-    predictions are not finite: metrics would score them all the same."""
+    predictions are resized to each), and IoU by class where a task has classes. Edges are scored by `pool`, if given.
+    Raises DivergedError for a model whose predictions are not finite: metrics would score them all the same."""
     device = accelerator.device
     was_training = model.training
     model.eval()
     labels = dataset.card.tasks
-    accumulators = {task: metrics.make(task, n, labels[task].tolerance).to(device) for task, n in channels.items()}
+    accumulators = {
+        task: metrics.make(task, n, labels[task].tolerance, pool).to(device) for task, n in channels.items()
+    }
     finite = {task: torch.tensor(True, device=device) for task in channels}  # read once: each reading waits for a GPU
     batches = validation_batches(dataset, batch_size, workers, device.type == "cuda")
     for index, host_batch in enumerate(batches):

@@ -8,6 +8,7 @@ images can teach (see --shuffle-labels) is about the map.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor
 
 import torch
 import torch.nn.functional as F
@@ -100,15 +101,17 @@ def score_floors(
     batches: Iterable[Mapping[str, Tensor]],
     channels: Mapping[str, int],
     tolerance: float = EDGE_TOLERANCE,
+    pool: Executor | None = None,
 ) -> list[Scores]:
     """Metrics of predictions that are the same for every image, as `evaluate` gives them for a model.
 
     A floor maps tasks, all or some, to logits (C, 1, 1) or (C, H, W), which are resized to the labels. `tolerance` is
-    that of edges, a share of the diagonal.
+    that of edges, a share of the diagonal, and `pool` scores them, if given.
     """
     floors = list(floors)
     accumulators = [
-        {task: metrics.make(task, channels[task], tolerance) for task in channels if task in floor} for floor in floors
+        {task: metrics.make(task, channels[task], tolerance, pool) for task in channels if task in floor}
+        for floor in floors
     ]
     for batch in batches:
         for task in channels:

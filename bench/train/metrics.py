@@ -7,6 +7,8 @@ bench.tasks; mean IoU also keeps `per_class`.
 from __future__ import annotations
 
 import math
+from collections import deque
+from concurrent.futures import Executor, Future
 
 import numpy as np
 import torch
@@ -17,10 +19,11 @@ from torchmetrics import Metric
 
 from bench.data.decode import IGNORE
 from bench.tasks import EDGE_TOLERANCE, NORMALS_WITHIN
-from bench.train.edge_lines import LEVELS, lines, matched, thinned
+from bench.train.edge_lines import LEVELS, counts
 
 SALIENCY_THRESHOLDS = torch.linspace(0.2, 0.9, 15)
 ANGLE_BINS = 18_000  # of 0.01 degrees
+AHEAD = 32  # images whose edges a pool may be behind
 
 
 class MeanIoU(Metric):
@@ -165,9 +168,11 @@ class EdgeF(Metric):
     tolerance, and a prediction wider than the truth is wrong: stricter, and closer to what the loss is told.
     """
 
-    def __init__(self, tolerance: float = EDGE_TOLERANCE) -> None:
+    def __init__(self, tolerance: float = EDGE_TOLERANCE, pool: Executor | None = None) -> None:
+        """`pool`: who counts, while the next predictions are made; None for here and now."""
         super().__init__()
-        self.tolerance = tolerance
+        self.tolerance, self.pool = tolerance, pool
+        self.awaited: deque[Future] = deque()
         for name in ("positives", "negatives", "drawn", "matched"):
             self.add_state(name, torch.zeros(LEVELS, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("true", torch.tensor(0), dist_reduce_fx="sum")
@@ -177,18 +182,25 @@ class EdgeF(Metric):
         bins = (probability * LEVELS).long().clamp(0, LEVELS - 1)
         self.positives += torch.bincount(bins[label == 1], minlength=LEVELS)
         self.negatives += torch.bincount(bins[label == 0], minlength=LEVELS)
-        for predicted, truth in zip(probability.double().cpu().numpy(), label.cpu().numpy(), strict=True):
-            self._draw(np.where(truth != IGNORE, lines(predicted), 0), truth == 1)
+        images = probability.cpu().numpy(), (label == 1).cpu().numpy(), (label != IGNORE).cpu().numpy()
+        for image in zip(*images, strict=True):
+            if self.pool is None:
+                self._add(*counts(*image, self.tolerance))
+            else:
+                self.awaited.append(self.pool.submit(counts, *image, self.tolerance))
+                self._settle(AHEAD)
 
-    def _draw(self, drawn: np.ndarray, truth: np.ndarray) -> None:
-        true = thinned(truth)
-        levels = (drawn[drawn >= 1 / LEVELS] * LEVELS).astype(int).clip(max=LEVELS - 1)
-        found = matched(drawn, true, self.tolerance * math.hypot(*truth.shape))
-        self.drawn += torch.from_numpy(np.bincount(levels, minlength=LEVELS)).to(self.drawn)
+    def _settle(self, left: int = 0) -> None:
+        while len(self.awaited) > left:
+            self._add(*self.awaited.popleft().result())
+
+    def _add(self, drawn: np.ndarray, found: np.ndarray, true: int) -> None:
+        self.drawn += torch.from_numpy(drawn).to(self.drawn)
         self.matched += torch.from_numpy(found).to(self.matched)
-        self.true += int(true.sum())
+        self.true += true
 
     def compute(self) -> dict[str, float]:
+        self._settle()
         if not self.true:
             return {"ods_f": math.nan, "max_f": math.nan}
         hits, false, matched, drawn = (  # at each threshold, from the highest down
@@ -200,9 +212,9 @@ class EdgeF(Metric):
         }
 
 
-def make(task: str, channels: int, tolerance: float = EDGE_TOLERANCE) -> Metric:
-    """The accumulator of a task; `tolerance` is of edges alone."""
+def make(task: str, channels: int, tolerance: float = EDGE_TOLERANCE, pool: Executor | None = None) -> Metric:
+    """The accumulator of a task; `tolerance` and `pool` are of edges alone."""
     kinds = {"saliency": MaxMeanIoU, "normals": NormalsError, "depth": DepthError}
     if task == "edge":
-        return EdgeF(tolerance)
+        return EdgeF(tolerance, pool)
     return kinds[task]() if task in kinds else MeanIoU(channels)

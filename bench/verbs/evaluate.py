@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 
+from bench import processes
 from bench.data import card as cards
 from bench.data.loader import DenseDataset
 from bench.errors import BenchError
@@ -78,7 +79,10 @@ def score(
     )
     model = accelerator.prepare_model(trained.model, evaluation_mode=True)
     try:
-        with Progress(console=console, transient=True) as progress:
+        with (
+            processes.pool(workers if "edge" in spec.tasks else 0) as pool,
+            Progress(console=console, transient=True) as progress,
+        ):
             bar = progress.add_task(f"{len(samples)} images")
             values, per_class = evaluation.evaluate(
                 model,
@@ -88,6 +92,7 @@ def score(
                 workers,
                 accelerator,
                 lambda step, total: progress.update(bar, completed=step, total=total),
+                pool,
             )
     except Exception as error:
         status, failure = classify(error)

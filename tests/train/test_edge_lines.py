@@ -12,6 +12,7 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 from scipy.special import expit
 from skimage.morphology import thin
 
+from bench.train import edge_lines
 from bench.train.edge_lines import LEVELS, lines, matched, ridges, thinned
 
 SEEDS = range(40)
@@ -36,15 +37,31 @@ def test_thinned_as_scikit_image_does(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_as_many_are_matched_as_can_be_at_every_threshold(seed):
+def test_as_many_are_matched_as_can_be_at_every_threshold(seed, monkeypatch):
     generator = np.random.default_rng(seed)
     shape = generator.integers(2, 14, 2)
     strengths = np.where(generator.random(shape) < generator.choice([0.1, 0.4, 0.9]), generator.random(shape), 0)
+    if generator.random() < 0.5:  # many pixels of a level, taken several at a time
+        strengths = np.ceil(strengths * 4) / 5
+    monkeypatch.setattr(edge_lines, "TOGETHER", generator.choice([1, 3, 256]))
     truth = generator.random(shape) < generator.choice([0.05, 0.3, 0.8])
     distance = generator.choice([0.5, 1, 1.5, 2, 3.2, 20])
     found = matched(strengths, truth, distance)[::-1].cumsum()[::-1]
     for level in range(1, LEVELS):
         assert found[level] == most_pairs(strengths >= level / LEVELS, truth, distance)
+
+
+def test_as_many_are_matched_in_a_whole_image():
+    """Where most of what is drawn is near no free pixel: of 300 levels' pixels, as a network draws them."""
+    generator = np.random.default_rng(0)
+    noise = gaussian_filter(generator.normal(size=(2, 90, 120)), (0, 2, 2))
+    truth = thinned(noise[0] > 0.02)
+    probability = expit(40 * (noise[0] + noise[1] / 2))
+    strengths = lines(probability)
+    found = matched(strengths, truth, 2.5)[::-1].cumsum()[::-1]
+    for level in (1, 20, 50, 80, 99):
+        assert found[level] == most_pairs(strengths >= level / LEVELS, truth, 2.5)
+    assert found[1] < min(truth.sum(), (strengths > 0).sum())
 
 
 def test_a_later_pixel_takes_what_an_earlier_one_can_do_without():

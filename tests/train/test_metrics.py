@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from skimage.morphology import thin
 
 from bench.tasks import EDGE_TOLERANCE, TASKS
+from bench.train import metrics
 from bench.train.edge_lines import lines
 from bench.train.losses import synthetic_label
 from bench.train.metrics import DepthError, EdgeF, MaxMeanIoU, MeanIoU, NormalsError, make
@@ -373,6 +375,25 @@ def test_edge_drawn_twice_counts_once():
     assert score_edges(label, wide, 2)["ods_f"] == pytest.approx(100, abs=5)
     # 40 of the 56 + 24 are matched, since the true ones are no more: 2 * 40 / (80 + 40).
     assert score_edges(outline(15, 7), label, 3)["ods_f"] == pytest.approx(200 / 3)
+
+
+@pytest.mark.parametrize("ahead", [0, 2, 99])
+def test_edges_scored_by_others(ahead, monkeypatch):
+    """However far they are behind, nothing is lost and nothing counted twice."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(3, 1, 30, 30, generator=generator) for _ in range(4)]
+    batches = [(logits, outline(11, 5 + 2 * n).repeat(3, 1, 1)) for n, logits in enumerate(drawn)]
+    alone, scored = EdgeF(), 0
+    with ThreadPoolExecutor(3) as pool:
+        monkeypatch.setattr(metrics, "AHEAD", ahead)
+        together = make("edge", 1, pool=pool)
+        for logits, label in batches:
+            scored += len(label)
+            alone.update(logits, label)
+            together.update(logits, label)
+            assert len(together.awaited) == min(ahead, scored)
+        assert together.compute() == alone.compute()
+        assert together.true == alone.true > 0 and not together.awaited
 
 
 def test_edge_without_edges_in_the_prediction():
