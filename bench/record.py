@@ -187,6 +187,7 @@ class Record(Part):
     time: Time | None = None
     estimate: Estimated | None = None
     metrics: dict[str, dict[str, float | None]] = {}  # task -> metric key -> value; None where nothing was valid
+    edge_tolerance: float | None = None  # share of the diagonal within which odsF counts an edge
     per_class: dict[str, dict[str, float | None]] = {}  # task -> class name -> IoU in percent; None where absent
     floor: dict[str, dict[str, float | None]] = {}  # the same metrics of the best constant prediction
     floor_map: dict[str, dict[str, float | None]] = {}  # of the best prediction that knows the place, not the image

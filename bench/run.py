@@ -240,6 +240,8 @@ def _train_and_evaluate(cell: _Cell, record: Record, emit: Emit) -> None:
             yield batch
             emit("step", step=step, total=len(batches))
 
+    tolerance = cell.card.edge_tolerance
+    record.edge_tolerance = tolerance if "edge" in cell.channels else None
     with processes.pool(job.workers if "edge" in cell.channels else 0) as pool:
         if spec.trial is None:
             emit("phase", name="constant predictions")
@@ -248,7 +250,6 @@ def _train_and_evaluate(cell: _Cell, record: Record, emit: Emit) -> None:
             sums = sum_labels(watched(fit), cell.channels)
             constants = best_constants(sums)
             floors = (constants, without_foreground(constants), best_maps(sums))
-            tolerance = cell.card.edge_tolerance
             everywhere, nowhere, places = score_floors(floors, watched(score), cell.channels, tolerance, pool)
             record.floor, record.floor_map = map(_finite, (better(everywhere, nowhere), places))
         emit("phase", name="evaluate")

@@ -113,6 +113,7 @@ class Tried(BaseModel):
     message: str = ""  # of its failure
     score: float | None = None  # see bench.tuning.score; None where the trial failed
     figures: dict[str, float | None] = {}  # task -> headline figure on the images held out
+    metrics: dict[str, str] = {}  # task -> metric key of that figure
     commits: tuple[str, ...] = ()  # of the code that it ran with; several where it was interrupted
 
 

@@ -10,6 +10,8 @@ from bench.record import Record
 from bench.spec import Job, Trial, Tried, Tuned
 from bench.tasks import Metric, headline
 
+LEAST = 1e-3  # what a figure of zero is scored as
+
 
 def trial(job: Job, rate: float) -> Job:
     """The job of one rate. It has seed 0, so that all seeds of a cell share it."""
@@ -56,7 +58,8 @@ def held_out(names: Sequence[str], share: float, blocks: int = 8) -> tuple[list[
 
 def score(record: Record, metrics: Mapping[str, Metric] | None = None) -> float | None:
     """Mean over tasks of the headline figure's logarithm (or another metric's), with the sign turned where lower is
-    better; None where the trial did not end well or a task's figure is missing or zero.
+    better; None where the trial did not end well or a task has no figure. A figure of zero counts as `LEAST`: a rate
+    that finds nothing in one task still has the others.
 
     The difference of two scores is, for small differences, Delta-m (BDTA paper, equation 13) of one trial against the
     other; unlike Delta-m itself it needs no reference and puts all trials in one order. A task whose figure still
@@ -67,9 +70,9 @@ def score(record: Record, metrics: Mapping[str, Metric] | None = None) -> float 
     total = 0.0
     for task, metric in (metrics or _headlines([record])).items():
         value = record.metrics.get(task, {}).get(metric.key)
-        if not value:
+        if value is None:
             return None
-        total += (1 if metric.higher_is_better else -1) * math.log(value)
+        total += (1 if metric.higher_is_better else -1) * math.log(value or LEAST)
     return total / len(record.spec.tasks)
 
 
@@ -93,6 +96,7 @@ def choose(records: Sequence[Record]) -> Tuned:
             message=record.failure.message if record.failure else "",
             score=score(record, metrics),
             figures={task: record.metrics.get(task, {}).get(metric.key) for task, metric in metrics.items()},
+            metrics={task: metric.key for task, metric in metrics.items()},
             commits=tuple(record.provenance.commits()) if record.provenance else (),
         )
         for record in records

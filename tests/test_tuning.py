@@ -66,6 +66,7 @@ def test_the_best_rate_is_chosen_and_the_smaller_of_equals(tmp_path):
     tuned = choose(trials)
     assert tuned.rate == 1e-3 and [each.rate for each in tuned.tried] == [1e-2, 1e-4, 1e-3]
     assert tuned.tried[1].figures == bad
+    assert tuned.tried[1].metrics == {"semseg": "mIoU", "normals": "mean_error"}
 
 
 def test_trials_are_scored_by_a_metric_that_all_of_them_have(tmp_path):
@@ -77,19 +78,29 @@ def test_trials_are_scored_by_a_metric_that_all_of_them_have(tmp_path):
     old, new = edges(1e-3, {"max_f": 16.0}), edges(1e-2, {"ods_f": 60.0, "max_f": 15.0})
     tuned = choose([old, new])
     assert tuned.rate == 1e-3 and [each.figures["edge"] for each in tuned.tried] == [16.0, 15.0]
+    assert {each.metrics["edge"] for each in tuned.tried} == {"max_f"}
     tuned = choose([edges(1e-3, {"ods_f": 50.0, "max_f": 16.0}), new])
     assert tuned.rate == 1e-2 and [each.figures["edge"] for each in tuned.tried] == [50.0, 60.0]
 
 
 def test_what_has_no_figure_is_never_chosen(tmp_path):
-    dead = trial(tmp_path, 1e-2, {"semseg": 0.0, "normals": 20.0})
+    dead = trial(tmp_path, 1e-2, {"semseg": 0.0, "normals": 20.0}, status="failed")
     diverged = trial(tmp_path, 1e-1, {"semseg": 90.0, "normals": 1.0}, status="diverged")
     partial = trial(tmp_path, 1, {"semseg": 90.0, "normals": 1.0}, metrics={"semseg": {"mIoU": 90.0}})
     fine = trial(tmp_path, 1e-3, {"semseg": 1.0, "normals": 40.0})
     assert [score(each) for each in (dead, diverged, partial)] == [None] * 3
-    assert choose([dead, diverged, partial, fine]).rate == 1e-3
-    none = choose([dead, diverged])
+    assert choose([diverged, partial, fine]).rate == 1e-3
+    none = choose([partial, diverged])
     assert none.rate is None and "no learning rate came to a score" in none.reason
+
+
+def test_a_rate_that_finds_nothing_in_a_task_is_chosen_by_the_others_if_at_all(tmp_path):
+    """As odsF has it where no line is drawn yet."""
+    nothing = [trial(tmp_path, rate, {"edge": 0.0, "depth": d}) for rate, d in ((1e-3, 1.0), (1e-2, 0.9), (1e-1, 1.1))]
+    assert choose(nothing).rate == 1e-2
+    assert score(nothing[0]) == pytest.approx((math.log(1e-3) - math.log(1.0)) / 2)
+    little = trial(tmp_path, 1, {"edge": 0.1, "depth": 1.2})
+    assert choose([*nothing, little]).rate == 1
 
 
 @pytest.mark.parametrize(
@@ -103,12 +114,12 @@ def test_what_has_no_figure_is_never_chosen(tmp_path):
         ({1e-3: 3, 1e-2: 1, 4e-3: 2, 2.5e-4: 1}, None),
         ({1e-3: 3, 1e-2: 1, 4e-3: 2, 2.5e-4: 4}, 6.25e-5),
         ({1e-3: 3, 1e-2: 1, 4e-3: 2, 2.5e-4: 4, 6.25e-5: 5}, None),  # two and no more
-        ({1e-3: 0, 1e-2: 0, 4e-3: 0}, None),  # none has a score
+        ({1e-3: None, 1e-2: None, 4e-3: None}, None),  # none has a score
     ],
 )
 def test_beyond_the_edge_is_tried_where_the_best_is_there(tmp_path, scores, expected):
     tuning = Tuning(rates=[1e-3, 1e-2, 4e-3], extend=2)
-    found = [trial(tmp_path, rate, {"semseg": 10.0 * value}) for rate, value in scores.items()]
+    found = [trial(tmp_path, rate, {"semseg": value and 10.0 * value}) for rate, value in scores.items()]
     assert next_rate(tuning, found) == expected
     if len(found) >= 3:
         assert next_rate(Tuning(rates=tuning.rates), found) is None

@@ -291,6 +291,7 @@ def _group(setting: str, place: Place, members: Sequence[Found], any_device: boo
 def _title(members: Sequence[Found], device: str, weights: str) -> str:
     spec = members[0].record.spec
     length = f"{spec.epochs} epochs" if spec.steps is None else f"{spec.steps} steps" if spec.steps else "not trained"
+    tolerances = sorted({100 * t for item in members if (t := item.record.edge_tolerance) is not None})
     whole = bool(spec.steps != 0 and spec.limit_train and spec.limit_train < spec.batch_size)
     return " · ".join(filter(None, (
         spec.dataset,
@@ -306,6 +307,7 @@ def _title(members: Sequence[Found], device: str, weights: str) -> str:
         "SHUFFLED LABELS" if spec.shuffled_labels else "",
         f"{len(spec.skipped)} unreadable skipped" if spec.skipped else "",
         f"{spec.image_size[0]}x{spec.image_size[1]}",
+        f"odsF within {', '.join(f'{t:g}' for t in tolerances)} % of the diagonal" if tolerances else "",
         "evaluated at original size" if spec.eval_size == "original" else "",
         f"batch {spec.batch_size}" + (f" (trained on all {spec.limit_train} images at once)" if whole else ""),
         spec.precision,

@@ -65,6 +65,8 @@ def _sections(record: Record) -> dict[str, dict[str, Any]]:
             metrics[f"{TASKS[task].title if task in TASKS else task} {key}"] = (
                 MISSING if value is None else f"{value:.4g}{unit}"
             )
+    if record.edge_tolerance is not None:
+        metrics["odsF counts edges within"] = f"{100 * record.edge_tolerance:g} % of the diagonal"
     parameters = record.parameters.model_dump(exclude_none=True) if record.parameters else {}
     time = record.time
     seconds = pd.Series(time.samples if time else [], dtype=float)
@@ -112,10 +114,11 @@ def _sections(record: Record) -> dict[str, dict[str, Any]]:
 def _trial(tried: Tried) -> str:
     """Score and headline figures on held-out training images."""
     if tried.score is None:
-        return (
-            tried.status.replace("_", " ") if tried.status != "ok" else "no score: a task's figure is missing or zero"
-        )
-    figures = ", ".join(f"{TASKS[task].title} {value:.4g}" for task, value in tried.figures.items())
+        return tried.status.replace("_", " ") if tried.status != "ok" else "no score: a task has no figure"
+    figures = ", ".join(
+        f"{TASKS[task].title} {tried.metrics.get(task, '')} {value:.4g}".replace("  ", " ")
+        for task, value in tried.figures.items()
+    )
     return f"score {tried.score:.4f} on held-out training images ({figures})"
 
 

@@ -180,7 +180,8 @@ def measured_row(group: Group, records: Sequence[Record], against: Baseline) -> 
         row |= {headline(group, task): figures[task].mean(), interval(headline(group, task)): half_width(figures[task])}
     still = sorted({task for record in records if record.status == "ok" for task in not_fallen(record)})
     told = f"the training loss did not fall in {', '.join(TASKS[task].title for task in still)}" if still else ""
-    notes = [row[NOTE], told, hinge(figures.mean().to_dict(), against)]
+    unseeing = _no_better_than_without_the_image(group, figures.mean())
+    notes = [row[NOTE], told, unseeing, hinge(figures.mean().to_dict(), against)]
     return row | _parameters(group, records) | {NOTE: "; ".join(filter(None, notes))}
 
 
@@ -241,6 +242,18 @@ def floors(group: Group) -> list[dict[str, Any]]:
             about = {METHOD: title, FAMILY: "floor", STATUS: "floor", SOURCE: "measured", TP: 0.0}
             rows.append(about | metrics)
     return rows
+
+
+def _no_better_than_without_the_image(group: Group, figures: pd.Series) -> str:
+    """The tasks in which a method does not beat the better of the two floors, in words; else nothing."""
+    told = []
+    for task, metric in group.headlines.items():
+        known = [floor[headline(group, task)] for floor in floors(group)]
+        sign = 1 if metric.higher_is_better else -1
+        best = max((sign * value for value in known if value is not None), default=-math.inf)
+        if sign * figures[task] <= best:
+            told.append(TASKS[task].title)
+    return f"no better than a prediction without the image in {', '.join(told)}" if told else ""
 
 
 def rate_column(rate: float) -> str:

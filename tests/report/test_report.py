@@ -22,6 +22,7 @@ from bench.errors import BenchError
 from bench.record import Failure, Time
 from bench.report import papers, published, render, show, tables
 from bench.report.groups import collect, differences
+from bench.spec import Tried, Tuned
 from methods.registry import all_methods
 from tests.report.records import ROWS, groups, make, measured, only, printed, recipe, report
 
@@ -408,6 +409,26 @@ def test_a_delta_m_that_hinges_on_one_task_is_told(tmp_path, depth, told):
     assert dict(notes) == {"Single-task full fine-tuning": "", "Ours": told}
 
 
+def test_what_is_no_better_than_a_prediction_without_the_image_is_told(tmp_path):
+    """Of the two such predictions the better one counts, task by task; of several seeds the mean."""
+    without = {
+        "floor": {"semseg": {"mIoU": 4.0}, "normals": {"mean_error": 30.0}},
+        "floor_map": {"semseg": {"mIoU": 3.0}, "normals": {"mean_error": 20.0}},
+    }
+    make(tmp_path, "both", {"semseg": 4.0, "normals": 25.0}, **without)
+    make(tmp_path, "one", {"semseg": 4.5, "normals": 20.0}, **without)
+    make(tmp_path, "seeds", {"semseg": 3.5, "normals": 19.0}, **without)
+    make(tmp_path, "seeds", {"semseg": 4.7, "normals": 19.0}, seed=1, **without)
+    make(tmp_path, "none", {"semseg": 4.1, "normals": 19.9}, **without)
+    make(tmp_path, "died", {"semseg": 1.0, "normals": 90.0}, metrics={}, status="failed")
+    notes = measured(tables.accuracy_table(only(tmp_path)))["Note"]
+    told = "no better than a prediction without the image in "
+    assert dict(notes[2:]) == {
+        "both": f"{told}SemSeg, Normals", "one": f"{told}Normals", "seeds": "", "none": "", "died": notes["died"],
+    }  # fmt: skip
+    assert told not in notes["died"]
+
+
 def test_a_training_loss_that_did_not_fall_is_told(tmp_path):
     def history(semseg):
         return [{"step": i + 1, "loss/semseg": value, "loss/normals": 1 - i / 100} for i, value in enumerate(semseg)]
@@ -583,6 +604,22 @@ def test_show_by_path_and_by_prefix(tmp_path):
         shown = console.file.getvalue()
         for text in ("RANDOM WEIGHTS", "2,362,108", "50 %", "20 deg", "3.000", "5.5000", "9.1000", "multi-task PEFT"):
             assert text in shown
+
+
+def test_show_names_the_metric_and_the_tolerance(tmp_path):
+    """Also of the trials; a record from before they were kept has neither."""
+    tried = Tried(rate=1e-3, status="ok", score=0.5, figures={"edge": 41.5})
+    for metrics, tolerance in (({}, None), ({"edge": "ods_f"}, 0.011)):
+        now = Tuned(rate=1e-3, tried=(tried.model_copy(update={"metrics": metrics}),))
+        path = make(tmp_path / str(tolerance), "ours", {"edge": 1.0}, metrics={"edge": {"ods_f": 40.0}},
+                    tuned=now, edge_tolerance=tolerance)  # fmt: skip
+        console = Console(file=io.StringIO(), width=200)
+        show.show(str(path), tmp_path, console)
+        shown = console.file.getvalue()
+        assert ("(Edge ods_f 41.5)" if metrics else "(Edge 41.5)") in shown
+        assert ("odsF counts edges within  1.1 % of the diagonal" in shown) == bool(tolerance)
+        title = only(tmp_path / str(tolerance)).title
+        assert ("odsF within 1.1 % of the diagonal" in title) == bool(tolerance)
 
 
 def test_a_figure_that_nothing_was_valid_for_is_a_dash(tmp_path):
