@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Literal
 
 from bench import processes
 from bench.data import card as cards
+from bench.data import derived
 from bench.errors import BenchError
 from bench.failure import classify
 from bench.measure import code, gpu_state, provenance
-from bench.record import Estimated, MethodInfo, Parameters, Record, Weights
+from bench.record import Estimated, MethodInfo, Parameters, Record, Weights, write_atomically
 from bench.spec import Job, RunSpec
 from bench.tuning import held_out
 from methods.registry import MethodError, parse
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from methods.model import MultiTaskModel
 
 Emit = Callable[..., None]
+Figures = dict[str, dict[str, float | None]]  # task -> metric key -> value; None where nothing was valid
 FLOOR_SAMPLES = 200  # training images that the predictions without an image are fitted on
 
 
@@ -203,10 +208,7 @@ def _split(cell: _Cell) -> tuple[DenseDataset, DenseDataset, int]:
 def _train_and_evaluate(cell: _Cell, record: Record, emit: Emit) -> None:
     import torch
 
-    from bench.data.loader import validation_batches
-    from bench.data.subset import evenly_spaced
     from bench.train.evaluation import evaluate
-    from bench.train.floor import best_constants, best_maps, better, score_floors, sum_labels, without_foreground
     from bench.train.loop import Trainer, train
     from bench.train.weights import save_trained
 
@@ -240,18 +242,11 @@ def _train_and_evaluate(cell: _Cell, record: Record, emit: Emit) -> None:
             yield batch
             emit("step", step=step, total=len(batches))
 
-    tolerance = cell.card.edge_tolerance
-    record.edge_tolerance = tolerance if "edge" in cell.channels else None
+    record.edge_tolerance = cell.card.edge_tolerance if "edge" in cell.channels else None
     with processes.pool(job.workers if "edge" in cell.channels else 0) as pool:
         if spec.trial is None:
             emit("phase", name="constant predictions")
-            fit_set = cell.samples("train", names=evenly_spaced(train_set.names, FLOOR_SAMPLES))
-            fit, score = (validation_batches(d, spec.batch_size, job.workers, pin=False) for d in (fit_set, val_set))
-            sums = sum_labels(watched(fit), cell.channels)
-            constants = best_constants(sums)
-            floors = (constants, without_foreground(constants), best_maps(sums))
-            everywhere, nowhere, places = score_floors(floors, watched(score), cell.channels, tolerance, pool)
-            record.floor, record.floor_map = map(_finite, (better(everywhere, nowhere), places))
+            record.floor, record.floor_map = _floors(cell, train_set, val_set, watched, pool)
         emit("phase", name="evaluate")
         values, per_class = evaluate(
             trainer.model,
@@ -269,6 +264,41 @@ def _train_and_evaluate(cell: _Cell, record: Record, emit: Emit) -> None:
     }
     if job.keep_weights:
         record.trained_sha256 = save_trained(trainer.plain_model, job.trained_path, spec.image_size)
+
+
+def _floors(
+    cell: _Cell,
+    train_set: DenseDataset,
+    val_set: DenseDataset,
+    watched: Callable[[DataLoader], Iterator[dict[str, Any]]],
+    pool: Executor | None,
+) -> tuple[Figures, Figures]:
+    """Metrics of the best constant prediction and of the best one a place, fitted on training images.
+
+    No method has a part in them: they are kept in the cache folder for the other cells on the same data.
+    """
+    from bench.data.loader import validation_batches
+    from bench.data.subset import evenly_spaced
+    from bench.train.floor import best_constants, best_maps, better, score_floors, sum_labels, without_foreground
+
+    spec, job = cell.spec, cell.job
+    made = [spec.data_fingerprint, spec.image_size, spec.eval_size, FLOOR_SAMPLES, code.of("bench.train.floor")]
+    digest = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:24]
+    kept = derived.folder() / "floors" / f"{digest}.json"
+    with suppress(OSError, ValueError):
+        constant, place = json.loads(kept.read_text(encoding="utf-8"))
+        return constant, place
+    fit_set = cell.samples("train", names=evenly_spaced(train_set.names, FLOOR_SAMPLES))
+    fit, score = (validation_batches(d, spec.batch_size, job.workers, pin=False) for d in (fit_set, val_set))
+    sums = sum_labels(watched(fit), cell.channels)
+    constants = best_constants(sums)
+    floors = (constants, without_foreground(constants), best_maps(sums))
+    tolerance = cell.card.edge_tolerance
+    everywhere, nowhere, places = score_floors(floors, watched(score), cell.channels, tolerance, pool)
+    found = _finite(better(everywhere, nowhere)), _finite(places)
+    with suppress(BenchError):
+        write_atomically(kept, json.dumps(found))
+    return found
 
 
 def finished_model(spec: RunSpec, channels: Mapping[str, int], backbone: Backbone) -> MultiTaskModel:
@@ -306,7 +336,7 @@ def estimated(spec: RunSpec, channels: Mapping[str, int]) -> Estimated:
     )
 
 
-def _finite(values: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
+def _finite(values: Mapping[str, Mapping[str, float]]) -> Figures:
     return {t: {k: v if math.isfinite(v) else None for k, v in figures.items()} for t, figures in values.items()}
 
 

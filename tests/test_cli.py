@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -265,6 +266,32 @@ def test_the_constant_saliency_is_the_better_of_all_and_nothing(own):
     (found,) = scan(Path("out"))
     assert found.record.floor["saliency"]["max_mIoU"] == pytest.approx(50, abs=0.5)
     assert found.record.floor_map["saliency"]["max_mIoU"] > 40  # places on the object's edge are neither
+
+
+def test_predictions_without_an_image_are_scored_once_for_all_cells_on_the_same_data(own, tmp_path, monkeypatch):
+    monkeypatch.setenv("BENCH_CACHE", str(tmp_path / "cache"))
+
+    def floors(*changes):
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        assert bench(*OWN, "--data-root", own, "--out", out, *changes).exit_code == 0
+        (found,) = scan(out)
+        return found.record.floor, found.record.floor_map
+
+    first = floors()
+    (kept,) = (tmp_path / "cache" / "floors").iterdir()
+    assert json.loads(kept.read_text()) == list(first)
+    known = [{"semseg": {"mIoU": 12.5}}, {"semseg": {"mIoU": 25.0}}]
+    kept.write_text(json.dumps(known))
+    assert list(floors("--seeds", "1")) == list(floors("--steps", "1")) == known
+    for change in (("--image-size", "64"), ("--eval-size", "original"), ("--limit-train", "1")):
+        assert list(floors(*change)) != known
+    label = np.array(Image.open(own / "a-seg.png"))
+    Image.fromarray(1 - label).save(own / "a-seg.png")
+    assert list(floors()) != known
+    for broken in ("[]", "half of"):
+        kept.write_text(broken)
+        Image.fromarray(label).save(own / "a-seg.png")
+        assert floors("--seeds", "2") == first and json.loads(kept.read_text()) == list(first)
 
 
 def test_skip_bad_without_an_image_left(own):

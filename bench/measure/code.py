@@ -19,8 +19,17 @@ CELL = "bench.run"  # what its process runs; methods are found by the registry, 
 
 def fingerprint(expression: str) -> str:
     """16 hexadecimal digits of the code that a cell of this method is run by. Comments count, other methods do not."""
+    return _digest(files(expression))
+
+
+def of(module: str) -> str:
+    """The same of a module of `bench` or `methods` and of what it imports of them."""
+    return _digest(_reached(module))
+
+
+def _digest(files: set[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(files(expression)):
+    for path in sorted(files):
         digest.update(f"{path.relative_to(ROOT)}\n".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

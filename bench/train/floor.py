@@ -41,7 +41,9 @@ def sum_labels(batches: Iterable[Mapping[str, Tensor]], channels: Mapping[str, i
                 values = torch.where(valid, label, 0)[:, None]
             else:
                 valid = label != IGNORE
-                values = F.one_hot(label.clamp(max=n), n + 1)[..., :n].permute(0, 3, 1, 2)  # IGNORE is no class
+                places = torch.arange(label[0].numel()).expand_as(label.flatten(1)).reshape(label.shape)
+                index = label[valid] * label[0].numel() + places[valid]
+                values = torch.bincount(index, minlength=n * label[0].numel()).view(1, n, *label.shape[1:])
             values, count = values.double().sum(0), valid.sum(0)
             before = sums.get(task)
             sums[task] = (values, count) if before is None else (before[0] + values, before[1] + count)
