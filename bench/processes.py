@@ -148,11 +148,11 @@ def pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
         yield None
         return
     context = multiprocessing.get_context(METHOD)
-    with ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as made:
+    with ProcessPoolExecutor(workers, context, initializer=end_with_parent) as made:
         yield made
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Else a pool's idle processes outlive one that is killed: they hold each other's pipes open."""
 
     def watch() -> None:

@@ -21,6 +21,7 @@ from bench.data import card as cards
 from bench.data import decode
 from bench.data.card import Card
 from bench.errors import BenchError
+from bench.processes import end_with_parent
 from bench.tasks import TASKS
 
 
@@ -109,7 +110,7 @@ def inspect_all(
     card: Card, root: Path, names: Sequence[str], tasks: Sequence[str], workers: int
 ) -> Iterator[tuple[str, Sample]]:
     """`inspect` for every id, in order, in so many processes."""
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
         samples = pool.map(functools.partial(inspect, card, root, tasks=tuple(tasks)), names, chunksize=8)
         yield from zip(names, samples, strict=True)
 
