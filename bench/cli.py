@@ -122,7 +122,7 @@ def run(
         ),
     ] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Run failed cells again.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read the data, print the cells and stop.")] = False,
 ) -> None:
     """Train, measure and evaluate; one record a cell. What has been done already is not done again."""
     from bench import grid, sweep

@@ -8,6 +8,8 @@ from bench.errors import BenchError, first_line
 from bench.record import Failure, Status
 from methods.registry import MethodError, place
 
+KILLED = "the system kills so when memory runs out"
+
 
 def classify(error: BaseException) -> tuple[Status, Failure]:
     """An exception as a record's status and failure."""
@@ -30,4 +32,7 @@ def classify(error: BaseException) -> tuple[Status, Failure]:
     if isinstance(error, (BenchError, MethodError)):
         # From a loader's worker process the message comes wrapped in that process's traceback.
         return "failed", Failure(kind=kind, message=text.splitlines()[-1].removeprefix("bench.errors.BenchError: "))
-    return "failed", Failure(kind=kind, message=first_line(error) + place(error), traceback=trace)
+    message = first_line(error)
+    if kind == "BrokenProcessPool":
+        message = f"a process that scores edges was killed; {KILLED}"
+    return "failed", Failure(kind=kind, message=message + place(error), traceback=trace)

@@ -142,23 +142,29 @@ def _has_touched_a_gpu() -> bool:
 def pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
     """So many processes for work that needs nothing but numpy; None for fewer than two.
 
-    They import what the work needs and nothing else, and end with this process however it ends.
+    They import what the work needs and nothing else. After an error or an interrupt nothing is begun any more.
     """
     if workers < 2:
         yield None
         return
-    context = multiprocessing.get_context(METHOD)
+    context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=end_with_parent) as made:
-        yield made
+        try:
+            yield made
+        except BaseException:
+            made.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def end_with_parent() -> None:
-    """Else a pool's idle processes outlive one that is killed: they hold each other's pipes open."""
+    """For a pool's process. It leaves Ctrl-C to its parent and ends with it, however that ends: else those of a killed
+    one live on, since they hold each other's pipes open."""
 
     def watch() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
 
 

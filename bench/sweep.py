@@ -34,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from bench import processes
 from bench import record as records
 from bench.errors import BenchError
+from bench.failure import KILLED
 from bench.measure import code
 from bench.record import Failure, Record
 from bench.run import blank_record, run_in_process
@@ -300,7 +301,7 @@ def _crashed(job: Job, code: int, status: records.Status) -> Record:
     log = job.log_path.read_text(encoding="utf-8", errors="replace") if job.log_path.exists() else ""
     if code < 0:
         name = signal.Signals(-code).name
-        kernel = "; the system kills so when memory runs out" if name == "SIGKILL" else ""
+        kernel = f"; {KILLED}" if name == "SIGKILL" else ""
         record.failure = Failure(kind="signal", message=f"killed by {name}{kernel}", traceback=log[-4000:])
     else:
         last = log.strip().splitlines()[-1] if log.strip() else "no message"

@@ -10,7 +10,7 @@ from bench.record import Record
 from bench.spec import Job, Trial, Tried, Tuned
 from bench.tasks import Metric, headline
 
-LEAST = 1e-3  # what a figure of zero is scored as
+LEAST = 1e-3  # zero has no logarithm
 
 
 def trial(job: Job, rate: float) -> Job:
@@ -58,8 +58,8 @@ def held_out(names: Sequence[str], share: float, blocks: int = 8) -> tuple[list[
 
 def score(record: Record, metrics: Mapping[str, Metric] | None = None) -> float | None:
     """Mean over tasks of the headline figure's logarithm (or another metric's), with the sign turned where lower is
-    better; None where the trial did not end well or a task has no figure. A figure of zero counts as `LEAST`: a rate
-    that finds nothing in one task still has the others.
+    better; None where the trial did not end well or a task has no figure. A figure counts as `LEAST` at least: a
+    rate that finds nothing in one task still has the others.
 
     The difference of two scores is, for small differences, Delta-m (BDTA paper, equation 13) of one trial against the
     other; unlike Delta-m itself it needs no reference and puts all trials in one order. A task whose figure still
@@ -72,7 +72,7 @@ def score(record: Record, metrics: Mapping[str, Metric] | None = None) -> float 
         value = record.metrics.get(task, {}).get(metric.key)
         if value is None:
             return None
-        total += (1 if metric.higher_is_better else -1) * math.log(value or LEAST)
+        total += (1 if metric.higher_is_better else -1) * math.log(max(value, LEAST))
     return total / len(record.spec.tasks)
 
 

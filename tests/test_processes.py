@@ -181,6 +181,23 @@ def test_a_pool_is_of_several_processes_that_know_neither_torch_nor_this_one(tmp
     assert done.stdout == f"{list(range(9))} False False\n", done.stderr
 
 
+def test_an_error_waits_for_what_is_at_work_and_not_for_what_is_queued(tmp_path):
+    code = """
+        import time
+        from bench import processes
+        try:
+            with processes.pool(2) as pool:
+                pool.submit(time.sleep, 0).result()
+                asked = [pool.submit(time.sleep, 1) for _ in range(40)]
+                began = time.monotonic()
+                raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            print(sum(future.cancelled() for future in asked) > 30, time.monotonic() - began < 8)
+    """
+    done = python(code, tmp_path)
+    assert done.stdout == "True True\n", done.stderr
+
+
 @LINUX
 def test_a_pool_ends_with_a_process_that_is_killed(tmp_path):
     code = """

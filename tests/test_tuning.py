@@ -101,6 +101,8 @@ def test_a_rate_that_finds_nothing_in_a_task_is_chosen_by_the_others_if_at_all(t
     assert score(nothing[0]) == pytest.approx((math.log(1e-3) - math.log(1.0)) / 2)
     little = trial(tmp_path, 1, {"edge": 0.1, "depth": 1.2})
     assert choose([*nothing, little]).rate == 1
+    less = trial(tmp_path, 2, {"edge": 1e-5, "depth": 1.0})
+    assert score(less) == score(nothing[0])
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 from collections import Counter
@@ -68,7 +67,12 @@ class Summary:
 
 def inspect(card: Card, root: Path, name: str, tasks: Sequence[str]) -> Sample:
     """Read one image and its labels; whatever is wrong becomes a line."""
-    found = Sample(contents=_digest(cards.files_of(card, root, name, tasks)))
+    found = Sample()
+    unread = []
+    try:
+        found.contents = _digest(cards.files_of(card, root, name, tasks))
+    except OSError as error:
+        unread.append(f"{error.filename}: {error.strerror}")
     try:
         image = decode.read_image(root / card.image.format(id=name))
         found.size = image.shape[:2]
@@ -94,14 +98,15 @@ def inspect(card: Card, root: Path, name: str, tasks: Sequence[str]) -> Sample:
         if TASKS[task].channels is None or task in ("saliency", "edge"):
             values, counts = np.unique(label[valid], return_counts=True)
             found.classes[task] = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    found.problems = found.problems or unread  # as a rule the same, in better words
     return found
 
 
 def _digest(files: Sequence[Path]) -> str:
-    """Of the bytes of those that can be read; what is wrong with the others is told where they are decoded."""
+    """Of their bytes, in this order. Raises OSError."""
     digest = hashlib.sha256()
     for path in files:
-        with contextlib.suppress(OSError), path.open("rb") as file:
+        with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:32]
 
@@ -152,7 +157,9 @@ def _print(card: Card, split: str, summary: Summary, tasks: Sequence[str], conso
     sizes = ", ".join(f"{h}x{w} ({n})" for (h, w), n in summary.sizes.most_common(3))
     more = f" and {len(summary.sizes) - 3} more sizes" if len(summary.sizes) > 3 else ""
     console.print(f"\n[bold]{split}[/bold]: {summary.images} images, {sizes or 'none readable'}{more}")
-    console.print(f"contents {summary.contents[:16]}: the same digits wherever the files are the same", highlight=False)
+    if not summary.problems:
+        told = "the same digits wherever the files of these images, in this order, are the same"
+        console.print(f"contents {summary.contents[:16]}: {told}", highlight=False)
     table = Table()
     for column in ("task", "labelled pixels", "images without a label", "values"):
         table.add_column(column, justify="left" if column in ("task", "values") else "right", overflow="fold")

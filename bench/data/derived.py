@@ -24,13 +24,14 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bench"
 
 
-def state(path: Path) -> tuple[str, int, int]:
-    """What a file is known by: its path, size and time of change. Raises BenchError."""
+def state(path: Path) -> tuple[str, int, int, int]:
+    """What a file is known by: its path, its size, when it was written and when it was put there, which no archive and
+    no copy sets back. Raises BenchError."""
     try:
         found = path.stat()
     except OSError as error:
         raise BenchError(f"missing file {path}") from error
-    return str(path.resolve()), found.st_size, found.st_mtime_ns
+    return str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def cached(sources: Sequence[Path], rule: str, derive: Callable[[], np.ndarray], must_keep: bool = True) -> np.ndarray:

@@ -75,7 +75,6 @@ class SampleCache:
         files = []
         if self.card.source == "files":
             for file in files_of(self.card, self.root, name, self.tasks):
-                state = file.stat()
-                files.append((str(file.resolve()), state.st_size, state.st_mtime_ns))
+                files.append(derived.state(file))
         digest = hashlib.sha256(json.dumps([self.common, name, files]).encode()).hexdigest()[:24]
         return derived.folder() / "samples" / digest[:2] / f"{digest}.safetensors"

@@ -291,7 +291,8 @@ def _group(setting: str, place: Place, members: Sequence[Found], any_device: boo
 def _title(members: Sequence[Found], device: str, weights: str) -> str:
     spec = members[0].record.spec
     length = f"{spec.epochs} epochs" if spec.steps is None else f"{spec.steps} steps" if spec.steps else "not trained"
-    tolerances = sorted({100 * t for item in members if (t := item.record.edge_tolerance) is not None})
+    by_lines = headline("edge", _figures_of(members, "edge")).key == "ods_f"
+    tolerances = sorted({100 * t for item in members if by_lines and (t := item.record.edge_tolerance) is not None})
     whole = bool(spec.steps != 0 and spec.limit_train and spec.limit_train < spec.batch_size)
     return " · ".join(filter(None, (
         spec.dataset,

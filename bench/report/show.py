@@ -111,10 +111,13 @@ def _sections(record: Record) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
+NO_SCORE = "no score: a task's figure is missing, or zero in an older record"
+
+
 def _trial(tried: Tried) -> str:
     """Score and headline figures on held-out training images."""
     if tried.score is None:
-        return tried.status.replace("_", " ") if tried.status != "ok" else "no score: a task has no figure"
+        return tried.status.replace("_", " ") if tried.status != "ok" else NO_SCORE
     figures = ", ".join(
         f"{TASKS[task].title} {tried.metrics.get(task, '')} {value:.4g}".replace("  ", " ")
         for task, value in tried.figures.items()

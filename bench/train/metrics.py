@@ -23,7 +23,7 @@ from bench.train.edge_lines import LEVELS, counts
 
 SALIENCY_THRESHOLDS = torch.linspace(0.2, 0.9, 15)
 ANGLE_BINS = 18_000  # of 0.01 degrees
-AHEAD = 32  # images whose edges a pool may be behind
+AHEAD = 16  # images whose edges a pool may be behind
 
 
 class MeanIoU(Metric):

@@ -77,6 +77,8 @@ def score(
         original_labels=chosen == "original",
         skipped=spec.skipped,
     )
+    # First, since it may have to read all images.
+    differs = tuple(_differences(trained, root, place, chosen, most, batch_size or spec.batch_size, precision, console))
     model = accelerator.prepare_model(trained.model, evaluation_mode=True)
     try:
         with (
@@ -105,7 +107,7 @@ def score(
         {t: {key: v if math.isfinite(v) else None for key, v in figures.items()} for t, figures in values.items()},
         {task: dict(zip(classes[task], found, strict=True)) for task, found in per_class.items()},
         len(samples),
-        tuple(_differences(trained, root, place, chosen, most, batch_size or spec.batch_size, precision, console)),
+        differs,
     )
 
 
@@ -164,7 +166,8 @@ def _other_data(trained: Trained, root: Path | None, console: Console) -> list[s
     except BenchError as error:
         return [f"perhaps the data, of which a part is not here: {error}"]
     same = cards.fingerprint(card, train, val, spec.tasks, contents) == spec.data_fingerprint
-    return [] if same else ["the card or the files are not those of the record"]
+    told = "the card or the files are not those of the record, or it is from before their contents were compared"
+    return [] if same else [told]
 
 
 def write(trained: Trained, scores: Scores, place: Device, out: Path | None, console: Console) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,7 +99,22 @@ def test_contents_are_the_files_bytes(own, tmp_path):
         assert contents(elsewhere) != before
         (elsewhere / f"a{end}").write_bytes(data)
     (elsewhere / "a-depth.npy").unlink()
-    assert contents(elsewhere) != before and contents(elsewhere, ("semseg",)) == contents(own, ("semseg",))
+    assert contents(elsewhere) == "" and contents(elsewhere, ("semseg",)) == contents(own, ("semseg",)) != before
+
+
+def test_a_read_error_that_passes_is_a_problem_all_the_same(own, monkeypatch):
+    """Else the digest of the other files would stand for all of them from then on."""
+    card = cards.load(str(own / "own.yaml"))
+    opened = Path.open
+
+    def fail(path, *args):
+        monkeypatch.setattr(Path, "open", opened)
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "open", fail)
+    found = inspect(card, own, "a", ("semseg",))
+    assert found.problems == [f"{own / 'a.jpg'}: Input/output error"] and found.labelled == {"semseg": 42}
+    assert not inspect(card, own, "a", ("semseg",)).problems
 
 
 def test_two_copies_are_compared_by_their_digits(own):
@@ -107,6 +124,9 @@ def test_two_copies_are_compared_by_their_digits(own):
     train, val = digits()
     np.save(own / "d-depth.npy", np.full((6, 8), 3.0))
     assert digits()[0] == train and digits()[1] != val
+    (own / "d-depth.npy").unlink()
+    assert digits() == [train]
+    np.save(own / "d-depth.npy", np.full((6, 8), 3.0))
     (own / "train.txt").write_text("a c b")
     assert digits()[0] != train
 

@@ -76,9 +76,16 @@ def test_the_same_figures_as_the_run(trained):
     assert "decoder_only on small, seed 0: 3 images" in output
 
 
+def test_the_same_figures_with_other_processes(trained):
+    """Which load images, and score edges."""
+    metrics = evaluated(trained, "--workers", 2)[1]["metrics"]
+    assert metrics["edge"]["ods_f"] > 0 and metrics == evaluated(trained)[1]["metrics"]
+
+
 def test_edges_are_scored_with_the_cards_tolerance(trained, tmp_path):
     """By the run, its predictions without an image, and here."""
     folder, path, record, _ = trained
+    assert record.edge_tolerance == 0.05
     card = yaml.safe_load((folder / "small.yaml").read_text())
     scores = {}
     for tolerance in (0.001, 0.05, 0.1):
@@ -181,7 +188,7 @@ def test_what_cannot_be_scored_is_one_line(trained, tmp_path):
             (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "e-depth.npy").write_bytes(b"no array")
     args = ("evaluate", "--record", path, "--dataset", tmp_path / "small.yaml", "--data-root", tmp_path)
-    for workers in (0, 1):
+    for workers in (0, 2):
         done = bench(*args, "--device", "cpu", "--workers", workers)
         assert done.exit_code == 2 and "e-depth.npy" in done.output
         assert len(done.output.strip().splitlines()) == 1, done.output
