@@ -142,18 +142,16 @@ def _has_touched_a_gpu() -> bool:
 def pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
     """So many processes for work that needs nothing but numpy; None for fewer than two.
 
-    They import what the work needs and nothing else. After an error or an interrupt nothing is begun any more.
+    They import what the work needs and nothing else. What has not begun at the end is not done.
     """
     if workers < 2:
         yield None
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=end_with_parent) as made:
-        try:
-            yield made
-        except BaseException:
-            made.shutdown(wait=False, cancel_futures=True)
-            raise
+    made = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=end_with_parent)
+    try:
+        yield made
+    finally:
+        made.shutdown(cancel_futures=True)
 
 
 def end_with_parent() -> None:
