@@ -150,6 +150,8 @@ def run(
         probes=probe_gradients,
         estimate=estimate,
     )
+    if other := sweep.on_other_data(jobs):
+        errors.print(other)
     if dry_run:
         _print_cells(jobs, console)
         return
@@ -583,7 +585,7 @@ def _print_cells(jobs: list, console: Console) -> None:
         spec, known = job.spec, sweep.finished(job)
         state = "begun" if job.checkpoint_path.is_file() else "new"
         if known:
-            state = known.status.replace("_", " ")
+            state = known.status.replace("_", " ") + (", by other code" if sweep.other_code(known) else "")
         rows.append(
             {
                 "method": spec.method,

@@ -25,6 +25,7 @@ from bench.data.verify import examine
 from bench.errors import BenchError, did_you_mean
 from bench.measure import gpu_state, provenance
 from bench.spec import EvalSize, Job, MemoryUse, Precision, Protocol, RunSpec
+from methods.registry import Configured, MethodError, asks_for_all, parse
 
 Positive = Annotated[int, Field(gt=0)]
 # Options of `bench run` that no suite has.
@@ -125,7 +126,8 @@ def jobs(
 
     Every image and label in use is read once: a bad one is named before anything is trained, and the contents decide
     which cells have been run already. Unless `shared_gpu`, a GPU on which another process computes is refused. Where
-    `all` methods were asked for, those that refuse a backbone are left out and `tell` hears why.
+    `all` methods were asked for, or a named one can run on another of the backbones, those that refuse a backbone are
+    left out and `tell` hears why.
     """
     settings = _settings(suite, given)
     one_of("cache", cache, ("none", "ram", "disk"))
@@ -145,16 +147,24 @@ def jobs(
     if place.uuid and not shared_gpu:
         gpu_state.refuse_company(place.uuid, place.name)
     from methods.backbones import load as backbones
-    from methods.registry import parse
 
     configured = parse(settings.methods)
-    built = {}
+    built, refused = {}, {}
     for backbone in dict.fromkeys(backbones.full_name(short.strip()) for short in settings.backbone.split(",")):
         weights = backbones.resolve_weights(settings.weights, backbone)
         if weights.path:
             # The weights of another model are refused here, once, and not by each cell.
             backbones.load_backbone(backbone, size, weights)
-        built[backbone] = weights, _buildable(configured, backbone, size, card.channels(tasks), settings, tell)
+        fitting, refusals = _buildable(configured, backbone, size, card.channels(tasks), settings)
+        if not fitting:
+            raise next(iter(refusals.values()))
+        built[backbone] = weights, fitting
+        refused[backbone] = refusals
+    served = {method.expression for _, fitting in built.values() for method in fitting}
+    for expression, refusal in (pair for refusals in refused.values() for pair in refusals.items()):
+        if expression not in served and not asks_for_all(settings.methods):
+            raise refusal
+        tell(f"left out: {refusal}")
     # Last, because it takes longest: every file is opened.
     data = _data(settings, recipe, card, tasks, data_root, tell)
     cells = []
@@ -229,7 +239,12 @@ def _card(settings: Settings, recipe: recipes.Recipe) -> tuple[Card, tuple[str, 
     tasks = cards.choose_tasks(card, settings.tasks)
     unweighted = [task for task in tasks if task not in recipe.loss_weights]
     if unweighted:
-        raise BenchError(f"recipe {settings.recipe} has no loss weight for {', '.join(unweighted)}")
+        usual = recipes.load("quick").loss_weights
+        advice = ", ".join(f"{task}: {usual[task]:g}" for task in unweighted if task in usual)
+        raise BenchError(
+            f"recipe {settings.recipe} has no loss weight for {', '.join(unweighted)}"
+            + (f"; the MTLoRA family's are {advice}" if advice else "")
+        )
     if recipe.augment.border == "background" and (recipe.augment.rotate or recipe.augment.scale[0] < 1):
         firsts = [classes[0] for task in tasks if (classes := card.tasks[task].classes)]
         first = next((name for name in firsts if name.casefold().strip("_") not in ("background", "bg")), None)
@@ -320,21 +335,20 @@ def _default_workers(place: Device) -> int:
 
 
 def _buildable(
-    configured: list,
+    configured: list[Configured],
     backbone: str,
     size: tuple[int, int],
     channels: dict[str, int],
     settings: Settings,
-    tell: Callable[[str], None],
-) -> list:
-    """The methods that can be built on the backbone, tried on the meta device: shapes without memory."""
+) -> tuple[list[Configured], dict[str, MethodError]]:
+    """The methods that can be built on the backbone, tried on the meta device: shapes without memory; and why not, by
+    expression, those that cannot."""
     import torch
 
     from methods.backbones.load import WeightSource, load_backbone
     from methods.model import Setting
-    from methods.registry import MethodError, asks_for_all
 
-    fitting, refusals = [], []
+    fitting, refusals = [], {}
     with torch.device("meta"):
         frame = load_backbone(backbone, size, WeightSource("random"))
     for method in configured:
@@ -343,14 +357,10 @@ def _buildable(
                 # A copy: made anew, the backbone would take longer than the method.
                 method.try_build(copy.deepcopy(frame), channels, Setting(settings.protocol, settings.decoder))
             except MethodError as error:
-                refusals.append(error)
+                refusals[method.expression] = error
                 continue
         fitting.append(method)
-    if refusals and (not asks_for_all(settings.methods) or not fitting):
-        raise refusals[0]
-    for refusal in refusals:
-        tell(f"left out: {refusal}")
-    return fitting
+    return fitting, refusals
 
 
 def resolve_device(device: str, precision: str) -> Device:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from bench import yamlfile
 
@@ -95,6 +95,13 @@ class Tuning(Strict):
     extend: Annotated[int, Field(ge=0)] = 0
     length: Annotated[float, Field(gt=0, le=1)] = 0.25  # of the run's steps
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of the training images in use
+
+    @field_validator("rates", mode="before")
+    @classmethod
+    def _several(cls, rates: Any) -> Any:
+        if isinstance(rates, list) and len(rates) == 1:
+            raise ValueError(f"one rate is nothing to choose from; write optimizer: {{lr: {rates[0]}}} and no tune")
+        return rates
 
     @model_validator(mode="after")
     def _rates_differ(self) -> Tuning:

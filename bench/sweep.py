@@ -79,13 +79,34 @@ def _checkpoint(job: Job) -> dict[str, Any]:
     return {}
 
 
-def _other_code(made: Record) -> str:
+def other_code(made: Record) -> str:
     """Which other code than this a record comes from, in words; "" where it is this."""
     about = made.provenance
     if about is None or {about.code, *about.earlier_code} == {code.fingerprint(made.spec.method)}:
         return ""
     changed = " and changes to it" if about.dirty else ""
     return f"other code (commit {about.commit[:8]}{changed})" if about.commit else "other code"
+
+
+def on_other_data(jobs: Sequence[Job]) -> str:
+    """Which of these cells, new here, were run before and differ in the data alone, in words; "" for none."""
+    pairs = []
+    for job in jobs:
+        if job.record_path.is_file():
+            continue
+        for path in job.record_path.parent.glob(f"*-s{job.spec.seed}.json"):
+            with suppress(BenchError):
+                before = records.read(path).spec
+                alike = before.model_copy(update={"data_fingerprint": job.spec.data_fingerprint})
+                if alike.hash == job.spec.hash:
+                    pairs.append((before.data_fingerprint, job.spec.data_fingerprint))
+    if not pairs:
+        return ""
+    before, now = pairs[-1]
+    return (
+        f"{len(pairs)} of these cells {'is' if len(pairs) == 1 else 'are'} here on other data ({before[:8]}, now "
+        f"{now[:8]}: the card, the ids or what is in a file has changed); tables keep them apart"
+    )
 
 
 def check_writable(out: Path) -> None:
@@ -240,7 +261,7 @@ def _try(job: Job, label: str, sweep: _Sweep) -> Record:
         sweep.console.print(f"[red]{result.status.replace('_', ' ')}[/red]  {label}{reason}")
     else:
         value = score(result)
-        told = "no score" if value is None else f"score {value:.4f}"
+        told = "no score" if value is None else f"score {value:.4f} (higher is better)"
         origin = _origin(result) if found else ""
         sweep.console.print(f"{verb}  {label}: {told} on held-out training images{origin}")
     return result
@@ -322,7 +343,7 @@ def _show(event: dict, progress: Progress, line: TaskID) -> None:
 
 def _origin(kept: Record) -> str:
     """What a kept record may no longer stand for, in words."""
-    other = _other_code(kept)
+    other = other_code(kept)
     return f", measured by {other}: --fresh runs it again" if other else ""
 
 
@@ -331,9 +352,11 @@ def _summary(label: str, verb: str, result: Record) -> str:
     name = f"[dim]({result.path(Path()).stem})[/dim]"
     if result.status != "ok":
         kept = "kept: " if verb == "kept" else ""
-        again = " (--retry runs it again)" if verb == "kept" else ""
+        other = f"by {other_code(result)}; " if verb == "kept" and other_code(result) else ""
+        again = f" ({other}--retry runs it again)" if verb == "kept" else ""
         reason = f": {escape(result.failure.message)}" if result.failure else ""
         return f"[red]{kept}{result.status.replace('_', ' ')}[/red]  {label}{reason}{again} {name}"
     origin = _origin(result) if verb == "kept" else ""
     figures = f"{result.parameters.trainable / 1e6:.2f} M trainable, {result.time.median:.3f} s/batch"
-    return f"[green]{verb}[/green]  {label}: {figures} on {result.time.device}{origin} {name}"
+    rate = f", lr {result.tuned.rate:g} of {len(result.tuned.tried)} tried" if result.tuned else ""
+    return f"[green]{verb}[/green]  {label}: {figures} on {result.time.device}{rate}{origin} {name}"

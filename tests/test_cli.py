@@ -359,7 +359,11 @@ def test_a_cell_is_known_by_what_is_in_its_files(own, tmp_path):
     before = file.stat()
     assert write(1) == size
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as archives and some copies set it back
-    assert "done" in bench(*run, own).stdout and "kept" in bench(*run, own).stdout
+    told = "1 of these cells is here on other data"
+    assert told in bench(*run, own, "--dry-run").stderr
+    assert told not in bench(*run, own, "--dry-run", "--eval-size", "original").stderr  # a new one anyway
+    assert "done" in bench(*run, own).stdout and "kept" in (again := bench(*run, own)).stdout
+    assert told not in again.stderr
     assert len(list(scan(Path("runs")))) == 2
 
 

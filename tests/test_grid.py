@@ -17,7 +17,7 @@ from bench import recipe as recipes
 from bench.errors import BenchError
 from bench.resources import ROOT
 from bench.spec import RunSpec, Trial
-from methods.registry import all_methods
+from methods.registry import MethodError, all_methods
 
 RECIPE = {
     "title": "Mine",
@@ -210,6 +210,21 @@ def test_all_leaves_out_what_a_backbone_does_not_serve(text, less):
     assert len(heard) + len(cells) == len(all_methods()) - less
     assert all("\n" not in line and "tf_efficientnet_lite0" in line for line in heard)
     assert any(line.startswith("left out: mtlora needs") for line in heard)
+
+
+def test_a_named_method_is_left_out_where_another_backbone_serves_it():
+    def cells(backbones):
+        heard = []
+        given = SMALL | {"methods": "mtlora,decoder_only", "backbone": backbones}
+        found = grid.jobs(None, given, None, "cpu", None, Path("runs"), heard.append)
+        return [(job.spec.method, job.spec.backbone.partition("_")[0]) for job in found], heard
+
+    found, heard = cells("swin_tiny,tf_efficientnet_lite0")
+    assert found == [("mtlora", "swin"), ("decoder_only", "swin"), ("decoder_only", "tf")]
+    assert len(heard) == 1 and heard[0].startswith("left out: mtlora needs")
+    for none in ("tf_efficientnet_lite0", "resnet18,tf_efficientnet_lite0"):
+        with pytest.raises(MethodError, match="mtlora needs"):
+            cells(none)
 
 
 def test_a_limit_that_does_not_bind_is_the_same_cell():

@@ -332,8 +332,18 @@ def test_fresh_starts_anew_after_a_change(tmp_path, monkeypatch):
     assert again.exit_code == 0 and "resuming" not in again.output
     assert only(tmp_path / "runs").status == "ok"
     assert "measured by other code" in bench(*args).output
+    assert "by other code" in " ".join(bench(*args, "--dry-run").output.split())
     monkeypatch.setattr(sweep.code, "fingerprint", lambda expression: own)
     assert "kept" in (again := bench(*args).output) and "other code" not in again
+    assert "other code" not in bench(*args, "--dry-run").output
+    failed = only(tmp_path / "runs").model_copy(
+        update={"status": "failed", "failure": records.Failure(kind="Error", message="a typo")}
+    )
+    failed.write(tmp_path / "runs")
+    assert "a typo (--retry runs it again)" in " ".join(bench(*args).output.split())
+    monkeypatch.setattr(sweep.code, "fingerprint", lambda expression: "another")
+    told = " ".join(bench(*args).output.split())
+    assert re.search(r"a typo \(by other code.*; --retry runs it again\)", told)
 
 
 def test_a_second_interrupt_kills_the_cell_at_once(monkeypatch):

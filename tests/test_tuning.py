@@ -150,7 +150,7 @@ def test_a_trial_that_failed_of_itself_is_no_reason_to_choose_another_rate(tmp_p
     [
         ({"tune": TUNE}, "exactly one of optimizer.lr and tune"),
         ({"optimizer": {"name": "adamw"}}, "exactly one of optimizer.lr and tune"),
-        (TUNED | {"tune": TUNE | {"rates": [1e-3]}}, "at least 2"),
+        (TUNED | {"tune": TUNE | {"rates": [1e-3]}}, "one rate is nothing to choose from; write optimizer"),
         (TUNED | {"tune": TUNE | {"rates": [1e-3, 1e-3]}}, "twice"),
         (TUNED | {"tune": TUNE | {"holdout": 1}}, "less than 1"),
     ],

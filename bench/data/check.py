@@ -146,7 +146,11 @@ def check(card: Card, root: Path, tasks: Sequence[str], console: Console, worker
         console.print(f"[red]bad[/red] {escape(line)}", soft_wrap=True)
     if len(problems) > SHOWN:
         console.print(f"[red]and {len(problems) - SHOWN} more[/red]")
-    console.print("training would go wrong" if problems else "all files are readable and fit the card")
+    console.print(
+        "training would stop here; --skip-bad does without such images"
+        if problems
+        else "all files are readable and fit the card"
+    )
     return not problems
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -292,7 +293,7 @@ def _title(members: Sequence[Found], device: str, weights: str) -> str:
     spec = members[0].record.spec
     length = f"{spec.epochs} epochs" if spec.steps is None else f"{spec.steps} steps" if spec.steps else "not trained"
     by_lines = headline("edge", _figures_of(members, "edge")).key == "ods_f"
-    tolerances = sorted({100 * t for item in members if by_lines and (t := item.record.edge_tolerance) is not None})
+    tolerances = sorted({t for item in members if by_lines and (t := item.record.edge_tolerance) is not None})
     whole = bool(spec.steps != 0 and spec.limit_train and spec.limit_train < spec.batch_size)
     return " · ".join(filter(None, (
         spec.dataset,
@@ -306,9 +307,9 @@ def _title(members: Sequence[Found], device: str, weights: str) -> str:
         f"train limited to {spec.limit_train}" if spec.limit_train else "",
         f"val limited to {spec.limit_val}" if spec.limit_val else "",
         "SHUFFLED LABELS" if spec.shuffled_labels else "",
-        f"{len(spec.skipped)} unreadable skipped" if spec.skipped else "",
+        f"{len(spec.skipped)} unusable images skipped" if spec.skipped else "",
         f"{spec.image_size[0]}x{spec.image_size[1]}",
-        f"odsF within {', '.join(f'{t:g}' for t in tolerances)} % of the diagonal" if tolerances else "",
+        ", ".join(_reach(spec, tolerance) for tolerance in tolerances),
         "evaluated at original size" if spec.eval_size == "original" else "",
         f"batch {spec.batch_size}" + (f" (trained on all {spec.limit_train} images at once)" if whole else ""),
         spec.precision,
@@ -317,6 +318,15 @@ def _title(members: Sequence[Found], device: str, weights: str) -> str:
         "RANDOM backbone weights" if weights == "random" else f"{weights} weights",
         device,
     )))  # fmt: skip
+
+
+def _reach(spec: RunSpec, tolerance: float) -> str:
+    """How far from a true edge odsF counts one as found, in pixels where all labels have one size."""
+    share = f"{100 * tolerance:g} % of the diagonal"
+    if spec.eval_size == "original":
+        return f"odsF within {share}"
+    pixels = tolerance * math.hypot(*spec.image_size)
+    return f"odsF within {share}, {pixels:.1f} pixels{' (NO TOLERANCE: less than one)' if pixels < 1 else ''}"
 
 
 def _one_each(members: Sequence[Found]) -> tuple[list[Found], list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,20 @@ def resolve(name: str, folder: Path) -> Path:
         return Path(name)
     if name.endswith(".json") or "/" in name:
         raise BenchError(f"no such file: {name}; give a record's JSON file or the beginning of its hash")
-    paths = [path for path in sorted(folder.rglob("*.json")) if name and path.stem.startswith(name)]
+    digits, seed = re.fullmatch(r"(.*?)(-s\d+)?", name).groups()
+    paths = [path for path in sorted(folder.rglob("*.json")) if digits and path.stem.startswith(digits)]
+    paths = [path for path in paths if path.stem.endswith(seed or "")]
     if not paths:
-        where = "`bench run` and the report's CSV files name them; name another folder if it lies there"
+        where = (
+            "`bench run` and the report's CSV files name them; if it lies in another folder, name that with --folder "
+            "(`bench show`: after the hash)"
+        )
         raise BenchError(f"no record whose hash begins with {name!r} in {folder}; {where}")
     if len(paths) > 1:
         several = ", ".join(str(path.relative_to(folder)) for path in paths[:5])
-        raise BenchError(f"{name!r} stands for {len(paths)} records, among them {several}; give more of the name")
+        raise BenchError(
+            f"{name!r} stands for {len(paths)} records, among them {several}; give more of it, e.g. {paths[0].stem}"
+        )
     return paths[0]
 
 
@@ -71,7 +79,9 @@ def _sections(record: Record) -> dict[str, dict[str, Any]]:
     time = record.time
     seconds = pd.Series(time.samples if time else [], dtype=float)
     return {
-        record.method.title: {"status": record.status.replace("_", " "), "family": record.method.family} | random,
+        record.method.title: {
+            "status": record.status.replace("_", " "), "family": record.method.family, **random, **_of_trial(record),
+        },
         "Options": _flat(record.method.options),
         "Failure": _flat(record.failure.model_dump()) if record.failure else {},
         "Cell": _flat(record.spec.model_dump(exclude={"recipe"})),
@@ -109,6 +119,14 @@ def _sections(record: Record) -> dict[str, dict[str, Any]]:
         },
         "Metrics": metrics,
     }  # fmt: skip
+
+
+def _of_trial(record: Record) -> dict[str, str]:
+    spec = record.spec
+    if spec.trial is None:
+        return {}
+    told = f"learning rate {spec.recipe.optimizer.lr:g}, {spec.trial.length:g} of the run's steps"
+    return {"TRIAL": f"{told}; scored on held-out training images, {spec.trial.holdout:g} of them"}
 
 
 NO_SCORE = "no score: a task's figure is missing, or zero in an older record"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from rich.console import Console
@@ -15,6 +16,10 @@ from bench import grid, resources
 from bench.data import card as cards
 from bench.errors import BenchError
 from bench.report import published
+
+if TYPE_CHECKING:
+    from methods.model import MultiTaskModel
+    from methods.registry import Configured
 
 METHOD, PASSES, PUBLISHED, EQUAL, PRINTED = "method", "passes", "published", "equal", "printed"
 
@@ -32,7 +37,8 @@ def counts(
     published, equal   under the two protocols
     printed            as the papers print it for the row that the method stands for and their four tasks, else NaN
     passes             of the backbone for one image
-    `tell` hears which methods of `all` a backbone cannot serve. Raises BenchError or MethodError in one line.
+    `tell` hears what is left out: methods of `all` that a backbone cannot serve, and named ones that another can.
+    Raises BenchError or MethodError in one line.
     """
     import torch
 
@@ -42,7 +48,7 @@ def counts(
 
     card = cards.load(dataset)
     channels = card.channels(cards.choose_tasks(card, tasks))
-    rows = []
+    rows, refused = [], []
     for backbone in (full_name(name.strip()) for name in backbones.split(",")):
         try:
             with torch.device("meta"):
@@ -59,20 +65,35 @@ def counts(
                     with torch.device("meta"):
                         model = configured.try_build(copy.deepcopy(frame), channels, Setting(protocol))
                         if protocol == PUBLISHED:
-                            row[PASSES] = model.passes(torch.empty(1, 3, *size))
+                            row[PASSES] = _passes(model, configured, size)
                     row[protocol] = model.ledger().trainable / 1e6
             except MethodError as error:
-                if not asks_for_all(methods):
-                    raise
-                tell(f"left out: {error}")
+                refused.append((configured.expression, error))
                 continue
             # The papers count four tasks; for others their figure says nothing.
             theirs = configured.published_row if set(channels) == set(published.TASKS) else None
             row[PRINTED] = published.parameters(theirs, backbone)
             rows.append(row)
+    served = {row[METHOD] for row in rows}
+    for expression, error in refused:
+        if expression not in served and not asks_for_all(methods):
+            raise error
+        tell(f"left out: {error}")
     if not rows:
         raise BenchError(f"none of the methods can run on {backbones}")
     return pd.DataFrame(rows)
+
+
+def _passes(model: MultiTaskModel, configured: Configured, size: tuple[int, int]) -> int:
+    """Raises MethodError for a fault in the method's own code."""
+    import torch
+
+    from methods.registry import MethodError, described
+
+    try:
+        return model.passes(torch.empty(1, 3, *size))
+    except Exception as error:
+        raise MethodError(f"{configured.expression} cannot run: {described(error)}") from error
 
 
 def of_published_rows(tell: Callable[[str], None]) -> tuple[list[tuple[str, str]], Callable[[str, str], float]]:

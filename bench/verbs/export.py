@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bench import resources
 from bench.data import decode, scenes
 from bench.errors import BenchError
-from bench.record import write_atomically
+from bench.record import read, write_atomically
 from bench.spec import trained_weights
 from bench.tasks import TASKS
 from bench.verbs.predict import network_input
@@ -32,9 +32,11 @@ def export(trained: Trained, out: Path, images: Sequence[Path], console: Console
     """Write record.json, record.trained.safetensors, README.md and model.pt2 into
     `out`, and check the exported model against PyTorch on the images, or on rendered scenes where none are given.
 
-    Raises BenchError where the model cannot be exported, or where it answers differently.
+    Raises BenchError where the model cannot be exported, where it answers differently, and where another cell is in
+    the folder.
     """
     spec = trained.record.spec
+    _refuse_another(out, trained)
     samples, which = _samples(images, spec.image_size)
     model = trained.model
     model.requires_grad_(False)
@@ -57,6 +59,16 @@ def export(trained: Trained, out: Path, images: Sequence[Path], console: Console
     write_atomically(out / "README.md", model_card(trained, worst, which))
     console.print(f"wrote record.json, record.trained.safetensors, README.md and model.pt2 to {out}", soft_wrap=True)
     console.print(f"exported model against PyTorch on {which}: largest relative difference {max(worst.values()):.1e}")
+
+
+def _refuse_another(out: Path, trained: Trained) -> None:
+    kept, mine = out / "record.json", trained.record.path(Path())
+    try:
+        there = read(kept).path(Path()) if kept.is_file() else mine
+    except BenchError:
+        there = kept
+    if there != mine:
+        raise BenchError(f"{out} holds another cell ({there.parent.name}, {there.stem}): name a new folder with --out")
 
 
 def check(model: nn.Module, exported: nn.Module, samples: Tensor) -> dict[str, float]:

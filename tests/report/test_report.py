@@ -632,12 +632,40 @@ def test_a_figure_that_nothing_was_valid_for_is_a_dash(tmp_path):
     assert "Normals mean_error  –" in console.file.getvalue()
 
 
+def test_show_says_that_a_record_is_a_trials(tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    show.show(str(make(tmp_path, "ours", trial={"length": 0.25, "holdout": 0.2})), tmp_path, console)
+    told = "learning rate 0.0004, 0.25 of the run's steps; scored on held-out training images, 0.2 of them"
+    (line,) = [line for line in console.file.getvalue().splitlines() if line.startswith("TRIAL")]
+    assert told in line
+
+
+@pytest.mark.parametrize(
+    ("size", "eval_size", "told"),
+    [
+        ((64, 64), "network", "odsF within 0.75 % of the diagonal, 0.7 pixels (NO TOLERANCE: less than one)"),
+        ((300, 400), "network", "odsF within 0.75 % of the diagonal, 3.8 pixels · "),
+        ((64, 64), "original", "odsF within 0.75 % of the diagonal · "),
+    ],
+)
+def test_a_title_says_how_near_an_edge_has_to_be(tmp_path, size, eval_size, told):
+    changes = {"image_size": size, "eval_size": eval_size, "edge_tolerance": 0.0075}
+    make(tmp_path, "ours", {"edge": 1.0}, metrics={"edge": {"ods_f": 40.0, "max_f": 20.0}}, **changes)
+    assert told in only(tmp_path).title
+    make(tmp_path, "mtlora", {"edge": 1.0}, metrics={"edge": {"max_f": 20.0}}, **changes)
+    assert "odsF" not in only(tmp_path).title  # which no longer tells the task
+
+
 def test_show_refuses_unknown_and_ambiguous_names(tmp_path):
     stem = make(tmp_path, "ours", seed=0).stem
     make(tmp_path, "ours", seed=1)
-    console = Console(file=io.StringIO())
-    with pytest.raises(BenchError, match="stands for 2 records"):
+    console = Console(file=io.StringIO(), width=200)
+    with pytest.raises(BenchError, match=f"stands for 2 records.*e.g. {stem}"):
         show.show(stem[:6], tmp_path, console)
+    show.show(f"{stem[:6]}-s1", tmp_path, console)
+    assert f"{stem[:-1]}1.json" in console.file.getvalue()
+    with pytest.raises(BenchError, match="no record whose hash begins with"):
+        show.show(f"{stem[:6]}-s2", tmp_path, console)
     with pytest.raises(BenchError, match="no record whose hash begins with 'zz'"):
         show.show("zz", tmp_path, console)
     with pytest.raises(BenchError, match="no such file"):

@@ -46,6 +46,25 @@ def test_all_leaves_out_what_cannot_run():
         count.counts("mtlora", "pvt_v2_b0", "scenes", None, (64, 64))
 
 
+def test_a_named_method_that_one_backbone_cannot_serve_is_left_out_there():
+    heard = []
+    rows = count.counts("mtlora,bitfit", "swin_tiny,pvt_v2_b0", "scenes", None, (64, 64), heard.append)
+    assert len(rows) == 3 and len(heard) == 1 and heard[0].startswith("left out: mtlora needs")
+    with pytest.raises(MethodError, match="mtlora needs"):
+        count.counts("mtlora,bitfit", "resnet18,pvt_v2_b0", "scenes", None, (64, 64))
+
+
+def test_a_fault_in_a_methods_forward_is_one_line(monkeypatch):
+    def passes(model, image):
+        raise AttributeError("no attribute 'scael'\nand more")
+
+    monkeypatch.setattr("methods.model.MultiTaskModel.passes", passes)
+    shown = invoke("--methods", "bitfit", "--backbone", "resnet18", "--image-size", "64")
+    assert shown.exit_code == 2
+    (line,) = shown.stderr.strip().splitlines()
+    assert "bitfit cannot run: AttributeError: no attribute 'scael'" in line
+
+
 @pytest.mark.parametrize("text", ["all", "ours, all", "all, -mtlora", " all"])
 def test_all_is_all_wherever_it_stands(text):
     assert "adapter" in set(count.counts(text, "pvt_v2_b0", "scenes", None, (64, 64))["method"])

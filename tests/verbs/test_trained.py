@@ -273,6 +273,23 @@ def test_an_exported_model_answers_alone_as_pytorch_does(cell, image, tmp_path, 
     assert "RANDOM weights" in card and "(1, 3, 64, 96)" in card and "10 %" in card and "Classes of semseg:" in card
 
 
+def test_an_export_of_another_cell_is_not_overwritten(cell, image, tmp_path):
+    def run(path, out):
+        return CliRunner().invoke(app, ["export", "--record", str(path), "--image", str(image), "--out", str(out)])
+
+    (first, _), (second, _) = cell(), cell("ours")
+    out = tmp_path / "export"
+    for _ in range(2):  # the same one again is no other
+        assert run(first, out).exit_code == 0
+    before = (out / "model.pt2").read_bytes()
+    done = run(second, out)
+    assert done.exit_code == 2 and f"holds another cell (decoder_only, {first.stem})" in " ".join(done.stderr.split())
+    assert (out / "model.pt2").read_bytes() == before
+    (out / "record.json").write_text("{}")
+    assert run(first, out).exit_code == 2
+    assert run(second, tmp_path / "other").exit_code == 0
+
+
 def test_an_export_that_answers_differently_is_refused(cell):
     _, model = cell()
 
