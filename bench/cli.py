@@ -520,7 +520,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="At most so many images. (default: the record's)")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="(default: the record's)")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load images and score edges.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
 ) -> None:

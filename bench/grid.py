@@ -243,7 +243,7 @@ def _card(settings: Settings, recipe: recipes.Recipe) -> tuple[Card, tuple[str, 
         advice = ", ".join(f"{task}: {usual[task]:g}" for task in unweighted if task in usual)
         raise BenchError(
             f"recipe {settings.recipe} has no loss weight for {', '.join(unweighted)}"
-            + (f"; the MTLoRA family's are {advice}" if advice else "")
+            + (f"; the recipe quick has {advice}" if advice else "")
         )
     if recipe.augment.border == "background" and (recipe.augment.rotate or recipe.augment.scale[0] < 1):
         firsts = [classes[0] for task in tasks if (classes := card.tasks[task].classes)]

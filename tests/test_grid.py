@@ -149,7 +149,7 @@ def test_a_default_option_spelt_out_is_the_same_cell():
 
 
 def test_a_recipe_without_a_weight_for_a_task_is_refused(recipe):
-    with pytest.raises(BenchError, match="no loss weight for edge"):
+    with pytest.raises(BenchError, match="no loss weight for edge; the recipe quick has edge: 50$"):
         jobs(**SMALL | {"recipe": recipe(), "tasks": "depth,edge"})
 
 

@@ -11,6 +11,7 @@ import re
 import signal
 import threading
 import time
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -437,6 +438,11 @@ def test_an_empty_failure_is_classified():
 )
 def test_running_out_of_memory_is_a_status_of_its_own(error):
     assert run.classify(error)[0] == "out_of_memory"
+
+
+def test_a_killed_process_of_a_pool_is_told_in_words():
+    status, failure = run.classify(BrokenProcessPool("A child process terminated abruptly"))
+    assert status == "failed" and failure.message.startswith("a process that scores edges was killed; the system")
 
 
 def test_a_cell_without_an_estimate(tmp_path):
