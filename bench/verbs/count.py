@@ -92,6 +92,8 @@ def _passes(model: MultiTaskModel, configured: Configured, size: tuple[int, int]
 
     try:
         return model.passes(torch.empty(1, 3, *size))
+    except MethodError:
+        raise
     except Exception as error:
         raise MethodError(f"{configured.expression} cannot run: {described(error)}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -98,7 +99,7 @@ def score(
             )
     except Exception as error:
         status, failure = classify(error)
-        if status == "failed" and not isinstance(error, BenchError):
+        if status == "failed" and not isinstance(error, (BenchError, BrokenProcessPool)):
             raise
         advice = "; a smaller --batch-size needs less" if status == "out_of_memory" else ""
         raise BenchError(f"{failure.message}{advice}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -202,6 +203,16 @@ def test_what_cannot_be_scored_is_one_line(trained, tmp_path):
     copy.write_text(json.dumps(content))
     done = bench(*args)
     assert done.exit_code == 2 and "not finite" in done.output
+    assert len(done.output.strip().splitlines()) == 1, done.output
+
+
+def test_a_killed_scoring_process_is_one_line(trained, monkeypatch):
+    def killed(*args):
+        raise BrokenProcessPool("A process in the process pool was terminated abruptly")
+
+    monkeypatch.setattr("bench.train.evaluation.evaluate", killed)
+    done = bench("evaluate", "--record", trained[1], *trained[3], "--device", "cpu")
+    assert done.exit_code == 2 and "a process that scores edges was killed" in done.output
     assert len(done.output.strip().splitlines()) == 1, done.output
 
 
