@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -21,6 +21,7 @@ from bench import yamlfile
 from bench.data import card as cards
 from bench.data import subset
 from bench.data.card import Card
+from bench.data.check import digits
 from bench.data.verify import examine
 from bench.errors import BenchError, did_you_mean
 from bench.measure import gpu_state, provenance
@@ -98,6 +99,7 @@ class Data:
     limit_train: int | None
     limit_val: int | None
     skipped: tuple[str, ...] = ()
+    contents: dict[str, str] = field(default_factory=dict)  # split -> digits of its files
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,7 @@ def jobs(
                     out=out.resolve(),
                     card=_card_reference(settings.dataset),
                     data_root=data_root.resolve() if data_root else None,
+                    data_contents=data.contents,
                     weights_path=weights.path.resolve() if weights.path else None,
                     device_index=place.index,
                     device_name=place.name,
@@ -291,6 +294,7 @@ def _data(
         None if whole["train"] else limits["train"],
         None if whole["val"] else limits["val"],
         skipped,
+        {split: digits(contents[name] for name in chosen) for split, chosen in names.items()} if contents else {},
     )
 
 

@@ -86,6 +86,7 @@ class Provenance(Part):
     earlier_commits: list[str] = []  # other code that trained a part of it, before an interrupt
     earlier_code: list[str] = []
     data_fingerprint: str = ""
+    data_contents: dict[str, str] = {}  # split -> digits of the files in use, by `bench.data.check.digits`
     weights: Weights | None = None
     gpu_before: GPUState | None = None  # before the steps that are measured
     gpu_after: GPUState | None = None

@@ -344,6 +344,7 @@ def blank_record(job: Job) -> Record:
     """A record that says what was to be run and where, before it has run."""
     about = provenance.describe(job.spec.device, job.device_name)
     about.data_fingerprint = job.spec.data_fingerprint
+    about.data_contents = job.data_contents
     about.code = code.fingerprint(job.spec.method)
     return Record(status="interrupted", spec=job.spec, method=method_info(job.spec.method), provenance=about)
 

@@ -134,6 +134,7 @@ class Job(BaseModel):
     out: Path
     card: str  # card name or path
     data_root: Path | None = None
+    data_contents: dict[str, str] = {}  # split -> digits of its files, where there are any
     weights_path: Path | None = None
     device_index: int = 0
     device_name: str = ""

@@ -96,16 +96,20 @@ def on_other_data(jobs: Sequence[Job]) -> str:
             continue
         for path in job.record_path.parent.glob(f"*-s{job.spec.seed}.json"):
             with suppress(BenchError):
-                before = records.read(path).spec
-                alike = before.model_copy(update={"data_fingerprint": job.spec.data_fingerprint})
+                before = records.read(path)
+                alike = before.spec.model_copy(update={"data_fingerprint": job.spec.data_fingerprint})
                 if alike.hash == job.spec.hash:
-                    pairs.append((before.data_fingerprint, job.spec.data_fingerprint))
+                    pairs.append((before, job))
     if not pairs:
         return ""
     before, now = pairs[-1]
+    known = before.provenance.data_contents if before.provenance else {}
+    changed = [split for split, digits in now.data_contents.items() if known.get(split, digits) != digits]
+    what = f"files of {' and '.join(changed)}" if changed else "the card, the ids or what is in a file"
     return (
-        f"{len(pairs)} of these cells {'is' if len(pairs) == 1 else 'are'} here on other data ({before[:8]}, now "
-        f"{now[:8]}: the card, the ids or what is in a file has changed); tables keep them apart"
+        f"{len(pairs)} of these cells {'is' if len(pairs) == 1 else 'are'} here on other data "
+        f"({before.spec.data_fingerprint[:8]}, now {now.spec.data_fingerprint[:8]}: {what} changed); "
+        "tables keep them apart"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -351,6 +352,9 @@ def test_a_cell_is_known_by_what_is_in_its_files(own, tmp_path):
 
     size = write(0)
     assert "done" in bench(*run, own).stdout
+    (made,) = (found.record for found in scan(Path("runs")))
+    printed = re.findall(r"contents (\w{16}):", bench("data", "check", "own.yaml", "--data-root", own).stdout)
+    assert made.provenance.data_contents == dict(zip(("train", "val"), printed, strict=True))
     later = time.time() + 60
     os.utime(file, (later, later))
     copy = shutil.copytree(own, tmp_path / "copy", ignore=shutil.ignore_patterns("runs", "copy"))
@@ -360,7 +364,8 @@ def test_a_cell_is_known_by_what_is_in_its_files(own, tmp_path):
     assert write(1) == size
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as archives and some copies set it back
     told = "1 of these cells is here on other data"
-    assert told in bench(*run, own, "--dry-run").stderr
+    warned = bench(*run, own, "--dry-run").stderr
+    assert told in warned and "files of train changed" in warned
     assert told not in bench(*run, own, "--dry-run", "--eval-size", "original").stderr  # a new one anyway
     assert "done" in bench(*run, own).stdout and "kept" in (again := bench(*run, own)).stdout
     assert told not in again.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +18,7 @@ from rich.table import Column, Table
 
 from bench import processes
 from bench.data import card as cards
+from bench.data import check, subset, verify
 from bench.data.loader import DenseDataset
 from bench.errors import BenchError
 from bench.failure import classify
@@ -147,28 +149,34 @@ def _differences(
 
 
 def _other_data(trained: Trained, root: Path | None, console: Console) -> list[str]:
-    """A line where the data has not the record's fingerprint, or it cannot be told: training images are a part of it,
-    and may not be here."""
-    from bench.data import subset, verify
-
+    """What of the data is not the record's, or cannot be told: training images count too, and may not be here."""
     spec, card = trained.record.spec, trained.card
-    try:
-        train, val = (
-            subset.ids(card, split, root, limit, spec.tasks, spec.skipped)
-            for split, limit in (("train", spec.limit_train), ("val", spec.limit_val))
-        )
-        contents = None
-        if card.source == "files":
-            names = list(dict.fromkeys((*train, *val)))
-            seen = verify.examine(card, root, names, spec.tasks, provenance.usable_cores(), partial(say, console))
-            if seen.bad:
-                raise BenchError(next(iter(seen.bad.values())))
-            contents = seen.contents
-    except BenchError as error:
-        return [f"perhaps the data, of which a part is not here: {error}"]
-    same = cards.fingerprint(card, train, val, spec.tasks, contents) == spec.data_fingerprint
-    told = "the card or the files are not those of the record, or it is from before their contents were compared"
-    return [] if same else [told]
+    known = trained.record.provenance.data_contents if trained.record.provenance else {}
+    names: dict[str, list[str]] = {}
+    found = []
+    for split, limit in (("train", spec.limit_train), ("val", spec.limit_val)):
+        try:
+            names[split] = subset.ids(card, split, root, limit, spec.tasks, spec.skipped)
+        except BenchError as error:
+            found.append(f"perhaps the {split} data, of which a part is not here: {error}")
+    seen = verify.Seen({}, {})
+    if card.source == "files":
+        folder, everything = cards.require_root(card, root), list(dict.fromkeys(itertools.chain(*names.values())))
+        seen = verify.examine(card, folder, everything, spec.tasks, provenance.usable_cores(), partial(say, console))
+        for split, chosen in names.items():
+            bad = [seen.bad[name] for name in chosen if name in seen.bad]
+            now = check.digits(seen.contents[name] for name in chosen)
+            if bad:
+                found.append(f"perhaps the {split} data, of which a part is not here: {bad[0]}")
+            elif known.get(split, now) != now:
+                found.append(f"other files of {split} (contents {now}, not {known[split]})")
+    if found:
+        return found
+    if cards.fingerprint(card, names["train"], names["val"], spec.tasks, seen.contents) == spec.data_fingerprint:
+        return []
+    if known:
+        return ["the card or the ids are not those of the record"]
+    return ["the card or the files are not those of the record, or it is from before their contents were compared"]
 
 
 def write(trained: Trained, scores: Scores, place: Device, out: Path | None, console: Console) -> None:
