@@ -489,7 +489,9 @@ def predict(
     weights: BACKBONE_WEIGHTS = None,
     dataset: RECORD_CARD = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    out: Annotated[Path, typer.Option(help="Where pictures and arrays go.")] = Path("predictions"),
+    out: Annotated[
+        Path | None, typer.Option(help="Where pictures and arrays go. (default: predictions/HASH-sSEED)")
+    ] = None,
 ) -> None:
     """Every task's prediction for images, in colours and as arrays, from a trained cell."""
     from bench import grid
@@ -502,6 +504,7 @@ def predict(
 
     from bench.verbs import predict
 
+    out = out or Path("predictions", cell.path.stem)
     predict.run(cell, images, out, torch.device(f"cuda:{place.index}" if place.name else "cpu"), Console())
 
 

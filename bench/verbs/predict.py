@@ -21,16 +21,20 @@ from bench.record import write_atomically
 from bench.verbs.trained import Trained
 from methods.model import upsample_logits
 
-ARRAYS = (
-    "Arrays, (height, width) of the image: semseg and human_parts uint8 class numbers (classes.json), saliency and "
-    "edge float32 probabilities, depth float32 metres, normals float32 (height, width, 3) unit vectors in the camera "
-    "frame (x right, y down)."
-)
+CLASSES, PROBABILITY = "uint8 class number (classes.json)", "float32 probability"
+ARRAYS = {  # task -> of each pixel
+    "semseg": CLASSES,
+    "human_parts": CLASSES,
+    "saliency": PROBABILITY,
+    "edge": PROBABILITY,
+    "depth": "float32 metres",
+    "normals": "float32 unit vector in the camera frame (x right, y down)",
+}
 
 
 @torch.inference_mode()
 def predict(trained: Trained, image: np.ndarray, device: torch.device) -> dict[str, np.ndarray]:
-    """image uint8 (H, W, 3) of any size -> an array a task at that size (see ARRAYS).
+    """image uint8 (H, W, 3) of any size -> an array (H, W), of normals (H, W, 3), a task; what it holds: ARRAYS.
 
     The network sees the image squashed to the size that it was trained at, as evaluation does it.
     """
@@ -120,4 +124,5 @@ def run(trained: Trained, images: Sequence[Path], out: Path, device: torch.devic
     }
     if classes:
         write_atomically(out / "classes.json", json.dumps(classes, indent=1, ensure_ascii=False) + "\n")
-    console.print(ARRAYS, style="dim")
+    arrays_hold = ", ".join(f"{task} {ARRAYS[task]}" for task in trained.record.spec.tasks)
+    console.print(f"Arrays, of every pixel of the image: {arrays_hold}.", style="dim", highlight=False)

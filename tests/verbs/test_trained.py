@@ -79,13 +79,14 @@ def test_a_loaded_model_answers_as_the_trained_one(cell, tmp_path):
                 torch.testing.assert_close(loaded(batch)[task], out)
 
 
-def test_pictures_and_arrays_have_the_images_size_and_the_tasks_meaning(cell, image, tmp_path):
+def test_pictures_and_arrays_have_the_images_size_and_the_tasks_meaning(cell, image, tmp_path, monkeypatch):
     path, model = cell()
-    done = CliRunner().invoke(
-        app, ["predict", str(image), "--record", str(path), "--device", "cpu", "--out", str(tmp_path / "out")]
-    )
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["predict", str(image), "--record", str(path), "--device", "cpu"])
     assert done.exit_code == 0, done.output
-    arrays = np.load(tmp_path / "out" / "room.npz")
+    assert "semseg uint8 class number" in done.output and "depth" not in done.output
+    out = tmp_path / "predictions" / path.stem  # of this record alone
+    arrays = np.load(out / "room.npz")
     assert {name: (a.dtype.name, a.shape) for name, a in arrays.items()} == {
         "semseg": ("uint8", (50, 70)), "saliency": ("float32", (50, 70)), "normals": ("float32", (50, 70, 3)),
     }  # fmt: skip
@@ -97,8 +98,8 @@ def test_pictures_and_arrays_have_the_images_size_and_the_tasks_meaning(cell, im
     np.testing.assert_allclose(np.linalg.norm(arrays["normals"], axis=-1), 1, atol=1e-5)
     assert 0 <= arrays["saliency"].min() and arrays["saliency"].max() <= 1
     for task in FIGURES:
-        assert Image.open(tmp_path / "out" / f"room_{task}.png").size == (70, 50)
-    assert Image.open(tmp_path / "out" / "room.png").width > 4 * 70
+        assert Image.open(out / f"room_{task}.png").size == (70, 50)
+    assert Image.open(out / "room.png").width > 4 * 70
 
 
 @pytest.mark.parametrize("wrong", ["missing", "changed", "other model", "damaged"])
