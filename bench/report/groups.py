@@ -214,7 +214,21 @@ def groups(found: Iterable[Found], any_device: bool = False) -> list[Group]:
         replace(group, title=f"{group.title} · setting {group.slug[-6:]}") if titles[group.title] > 1 else group
         for group in made
     ]
-    return sorted(named, key=lambda group: group.title)
+    return sorted(map(functools.partial(_dated, among=named), named), key=lambda group: group.title)
+
+
+def _dated(group: Group, among: Sequence[Group]) -> Group:
+    """With a mark where the same settings were run later on other data: a label was corrected since, say."""
+
+    def last(of: Group) -> str:
+        return max((item.record.provenance.started for item in of.found if item.record.provenance), default="")
+
+    alike = [other for other in among if {**other.key, "data_fingerprint": group.spec.data_fingerprint} == group.key]
+    newest = max(alike, key=last)
+    if last(newest) <= last(group):
+        return group
+    mark = f"OLDER DATA: the same settings were run later on data {newest.spec.data_fingerprint[:8]}"
+    return replace(group, marks=(mark, *group.marks))
 
 
 Place = tuple[str | None, str | None]  # device and weights as found by the run itself; None where it died before

@@ -208,6 +208,26 @@ def test_what_differs_never_shares_a_table(tmp_path, change):
     assert {len(measured(tables.efficiency_table(group))) for group in split} == {1}
 
 
+def test_a_table_of_data_that_were_corrected_since_says_so(tmp_path):
+    """The older of two that differ in their data alone, and one without a date; not what differs in more."""
+
+    def run(day, **changes):
+        path = make(tmp_path, **changes)
+        content = json.loads(path.read_text())
+        content["provenance"]["started"] = day and f"2026-11-{day}T10:00:00+00:00"
+        path.write_text(json.dumps(content))
+
+    run("02", data_fingerprint="0ld")
+    run("03", data_fingerprint="0ld", method="mtlora")
+    run("05", data_fingerprint="new")
+    run("01", data_fingerprint="new", method="mtlora")
+    run("09", data_fingerprint="other", batch_size=4)
+    run("", data_fingerprint="undated")
+    told = {g.spec.data_fingerprint: [mark for mark in g.marks if "OLDER" in mark] for g in groups(tmp_path)}
+    mark = ["OLDER DATA: the same settings were run later on data new"]
+    assert told == {"0ld": mark, "new": [], "other": [], "undated": mark}
+
+
 def edges(out, method, figures, **changes):
     return make(
         out, method, {"semseg": 50.0, "edge": 1.0}, metrics={"semseg": {"mIoU": 50.0}, "edge": figures}, **changes
