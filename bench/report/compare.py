@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.record import Record
-from bench.report.groups import collect
+from bench.report.groups import collect, settings_apart
 from bench.tasks import TASKS, headline
 
 Verdict = Literal["worse", "better", "same", "noise", "new", "gone", "unreadable", "other device"]
@@ -73,12 +73,24 @@ def changes(a: Path, b: Path, thresholds: Thresholds) -> list[Change]:
     for cell in dict.fromkeys([*before, *after]):
         name = cell[1]
         if cell not in after:
-            found.append(Change(name, "record", None, None, None, "gone", f"no record of it in {b}"))
+            others = [after[other][0] for other in after if other not in before]
+            found.append(Change(name, "record", None, None, None, "gone", _why_gone(before[cell][0], others, b)))
         elif cell not in before:
             found.append(Change(name, "record", None, None, None, "new"))
         else:
             found += _compare(name, before[cell], after[cell], thresholds)
     return found
+
+
+def _why_gone(record: Record, others: Sequence[Record], folder: Path) -> str:
+    """Among cells that are new, the one that is nearest to it may be what became of it: on other data, say."""
+    alike = [
+        other
+        for other in others
+        if (other.spec.method, other.spec.backbone) == (record.spec.method, record.spec.backbone)
+    ]
+    apart = min((settings_apart(other.spec.setting(), record.spec.setting()) for other in alike), key=len, default=[])
+    return f"no record of it in {folder}" + (f"; there is one with {apart[0]}" if len(apart) == 1 else "")
 
 
 def _compare(name: str, before: Sequence[Record], after: Sequence[Record], thresholds: Thresholds) -> Iterator[Change]:

@@ -131,7 +131,12 @@ COVERED = {"device": "device_used", "weights": "weights_used"}  # what was asked
 
 def differences(one: Group, other: Group) -> list[str]:
     """What keeps two groups apart, in words, this one's value first."""
-    mine, theirs = flat(one.key), flat(other.key)
+    return settings_apart(one.key, other.key)
+
+
+def settings_apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """In what two settings differ, in words, the first one's value first."""
+    mine, theirs = flat(one), flat(other)
     keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
     told = [key for key in keys if COVERED.get(key) not in keys]
     return [f"{key} {_short(mine.get(key))}, not {_short(theirs.get(key))}" for key in told]

@@ -150,6 +150,17 @@ def test_a_cell_that_is_gone_fails_and_a_new_one_does_not(tmp_path):
     assert run(app, ["compare", str(tmp_path / "none"), str(tmp_path / "a")]).exit_code == 2
 
 
+def test_what_became_of_a_cell_that_is_gone_is_told_where_one_setting_changed(tmp_path):
+    make(tmp_path / "a", "ours", data_fingerprint="0ld")
+    make(tmp_path / "a", "mtlora", batch_size=4)
+    make(tmp_path / "b", "ours", data_fingerprint="new")
+    make(tmp_path / "b", "mtlora", batch_size=8, precision="bf16")
+    found = compare.changes(tmp_path / "a", tmp_path / "b", compare.Thresholds())
+    gone = {change.cell.partition(" ")[0]: change.why for change in found if change.verdict == "gone"}
+    missing = f"no record of it in {tmp_path / 'b'}"
+    assert gone == {"ours": f"{missing}; there is one with data_fingerprint new, not 0ld", "mtlora": missing}
+
+
 @pytest.mark.parametrize("side", ["a", "b"])
 def test_an_unreadable_record_does_not_pass(tmp_path, side):
     """What it held nobody can compare: a gate that let it through would be open."""
