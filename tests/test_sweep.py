@@ -530,6 +530,30 @@ def shared_out(tmp_path, monkeypatch):
     return SimpleNamespace(jobs=jobs, hold=hold, begun=begun, ends=ends, shown=shown)
 
 
+def test_two_sweeps_are_never_at_the_same_cell(tmp_path):
+    """Each one lets go by taking the lock's file away, while others hold, open or make it."""
+    job = SimpleNamespace(record_path=tmp_path / "cell.json")
+    waits = SimpleNamespace(wait=True, console=Console(file=io.StringIO()))
+    inside, together, turns = [], [], []
+
+    def take_turns():
+        for _ in range(150):
+            with sweep.only_here(job, "cell", waits):
+                inside.append(1)
+                time.sleep(1e-4)
+                together.append(len(inside))
+                inside.pop()
+            turns.append(1)
+
+    others = [threading.Thread(target=take_turns) for _ in range(4)]  # their locks are apart, as those of processes are
+    for other in others:
+        other.start()
+    for other in others:
+        other.join()
+    assert set(together) == {1} and len(turns) == 4 * 150
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_another_sweep_is_at_comes_last(shared_out):
     jobs = shared_out.jobs()
     shared_out.ends[1] = shared_out.hold(jobs[0])  # let go when seed 1 has begun
