@@ -12,8 +12,9 @@ from rich.table import Table
 
 from bench import cli_data
 from bench.errors import BenchError
+from bench.files import write_atomically
 from bench.one_line import errors, one_line_errors
-from bench.record import REPORT, write_atomically
+from bench.record import REPORT
 
 app = typer.Typer(
     help="Compare PEFT methods for multi-task dense vision: parameters, memory, time and accuracy.",

@@ -5,9 +5,7 @@ Written atomically, found again by the content hash of its spec. No torch here: 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bench.errors import BenchError
+from bench.files import write_atomically
 from bench.spec import RunSpec, Tuned
 
 SCHEMA = 1
@@ -212,19 +211,6 @@ class Record(Part):
 
     def text(self) -> str:
         return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False) + "\n"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Raises BenchError where the folder cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise BenchError(f"cannot write {path}: {error.strerror}; choose another folder") from error
 
 
 def read(path: Path) -> Record:

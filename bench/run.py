@@ -19,8 +19,9 @@ from bench.data import card as cards
 from bench.data import derived
 from bench.errors import BenchError
 from bench.failure import classify
+from bench.files import write_atomically
 from bench.measure import code, gpu_state, provenance
-from bench.record import Estimated, MethodInfo, Parameters, Record, Weights, write_atomically
+from bench.record import Estimated, MethodInfo, Parameters, Record, Weights
 from bench.spec import Job, RunSpec
 from bench.tuning import held_out
 from methods.registry import MethodError, parse

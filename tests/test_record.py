@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -70,7 +71,7 @@ def test_the_file_appears_only_when_it_is_complete(record, tmp_path, monkeypatch
         seen.append((os.path.exists(target), records.read(target.parent / source)))
         os.rename(source, target)
 
-    monkeypatch.setattr(records.os, "replace", replace)
+    monkeypatch.setattr(Path, "replace", replace)
     record.write(tmp_path)
     assert seen == [(False, record)]
 
@@ -81,7 +82,7 @@ def test_a_write_that_fails_leaves_the_old_record_and_nothing_else(record, tmp_p
     def no_space(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(records.os, "replace", no_space)
+    monkeypatch.setattr(Path, "replace", no_space)
     with pytest.raises(BenchError, match="No space left on device") as error:
         record.model_copy(update={"status": "failed"}).write(tmp_path)
     assert str(path) in str(error.value)

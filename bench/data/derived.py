@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from bench.errors import BenchError
+from bench.files import replacing
 
 VERSION = 1  # of the rules in bench.data.decode that derived maps follow
 
@@ -46,14 +47,10 @@ def cached(sources: Sequence[Path], rule: str, derive: Callable[[], np.ndarray],
         with Image.open(path) as image:
             return np.array(image)
     labels = derive()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(labels).save(temporary, "PNG")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            Image.fromarray(labels).save(temporary, "PNG")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         if not must_keep:
             return labels
         raise BenchError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -20,6 +19,7 @@ from torch import Tensor
 from bench.data import derived, scenes, transforms
 from bench.data.card import Card, files_of
 from bench.errors import BenchError
+from bench.files import replacing
 
 Kind = Literal["none", "ram", "disk"]
 Packed = dict[str, Tensor]
@@ -57,14 +57,10 @@ class SampleCache:
             self.held[name] = sample
             return
         path = self.path(name)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(sample, temporary)
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                save_file(sample, temporary)
         except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise BenchError(
                 f"cannot cache {path}: {reason}; choose another folder with BENCH_CACHE and --retry"

@@ -13,7 +13,7 @@ from bench.data import derived
 from bench.data.card import Card, files_of
 from bench.data.check import inspect, inspect_all
 from bench.errors import BenchError
-from bench.record import write_atomically
+from bench.files import write_atomically
 
 FEW = 32  # images that are read faster than processes start
 

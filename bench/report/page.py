@@ -16,7 +16,8 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from bench.errors import BenchError
-from bench.record import Record, write_atomically
+from bench.files import write_atomically
+from bench.record import Record
 from bench.report import published, tables
 from bench.report.front import front
 from bench.report.groups import Group, weights_of

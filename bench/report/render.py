@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.record import REPORT, write_atomically
+from bench.files import write_atomically
+from bench.record import REPORT
 from bench.report import latex, published, tables
 from bench.report.groups import Group, Mixture, collect, differences, groups, mixtures
 from bench.report.sheets import MISSING, Cell, Line, Sheet, accuracy_sheet, efficiency_sheet, rates_sheet

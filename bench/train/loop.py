@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from bench.data.loader import DenseDataset, training_batches
 from bench.errors import BenchError
+from bench.files import replacing
 from bench.recipe import Recipe, Schedule
 from bench.train.losses import LOSSES
 from methods.model import MultiTaskModel, upsample_logits
@@ -321,13 +321,10 @@ def save_checkpoint(path: Path, trainer: Trainer, progress: Progress) -> None:
     about |= {"lr": trainer.recipe.optimizer.lr}
     if trainer.accelerator.scaler is not None:
         about["scaler"] = trainer.accelerator.scaler.state_dict()
-    temporary = path.with_suffix(".partial")
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {"bench": json.dumps(about)}
-        )
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file(held, temporary, {"bench": json.dumps(about)})
     except (OSError, SafetensorError) as error:
         raise BenchError(f"cannot write checkpoint {path}: {error}") from error
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from bench.errors import BenchError
+from bench.files import replacing
 from methods.model import MultiTaskModel
 
 GRID = 4  # places to a side at which answers are kept
@@ -30,15 +30,13 @@ def save_trained(model: MultiTaskModel, path: Path, size: tuple[int, int]) -> st
 
     Raises BenchError where that cannot be done.
     """
-    temporary = path.with_suffix(".partial")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.trained_state().items()}
     answers = _answers(model, size)
     known = all(math.isfinite(value) for values in answers.values() for value in values)
     about = {"size": size, "answers": answers} if known else {}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, {"bench": json.dumps(about)})
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, {"bench": json.dumps(about)})
     except (OSError, SafetensorError) as error:
         raise BenchError(f"cannot write {path}: {error}; --no-keep-weights does without") from error
     return digest(path)

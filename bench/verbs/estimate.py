@@ -20,9 +20,10 @@ from bench import recipe as recipes
 from bench.data import card as cards
 from bench.data.card import Card
 from bench.errors import BenchError
+from bench.files import write_atomically
 from bench.grid import one_of, parse_size
 from bench.measure.provenance import git_state
-from bench.record import read, write_atomically
+from bench.record import read
 from bench.report.groups import collect
 from bench.spec import MemoryUse, Precision, Protocol
 from bench.verbs import count

@@ -22,9 +22,9 @@ from bench.data import check, subset, verify
 from bench.data.loader import DenseDataset
 from bench.errors import BenchError
 from bench.failure import classify
+from bench.files import write_atomically
 from bench.grid import Device
 from bench.measure import code, cuda, provenance
-from bench.record import write_atomically
 from bench.report.render import say
 from bench.report.sheets import MISSING
 from bench.spec import EvalSize, Precision

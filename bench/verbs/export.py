@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from bench import resources
 from bench.data import decode, scenes
 from bench.errors import BenchError
-from bench.record import read, write_atomically
+from bench.files import write_atomically
+from bench.record import read
 from bench.spec import trained_weights
 from bench.tasks import TASKS
 from bench.verbs.predict import network_input

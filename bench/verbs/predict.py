@@ -17,7 +17,7 @@ from bench.data import decode, transforms
 from bench.data.card import Card
 from bench.data.preview import HEADER, MARGIN, draw, palette, save
 from bench.errors import BenchError
-from bench.record import write_atomically
+from bench.files import write_atomically
 from bench.verbs.trained import Trained
 from methods.model import upsample_logits
 
