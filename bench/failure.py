@@ -30,8 +30,9 @@ def classify(error: BaseException) -> tuple[Status, Failure]:
     if kind == "DivergedError":
         return "diverged", Failure(kind=kind, message=text)
     if isinstance(error, (BenchError, MethodError)):
-        # From a loader's worker process the message comes wrapped in that process's traceback.
-        return "failed", Failure(kind=kind, message=text.splitlines()[-1].removeprefix("bench.errors.BenchError: "))
+        # From a loader's worker process the message comes after that process's traceback.
+        own = text.rpartition("bench.errors.BenchError: ")[2] if text.startswith("Caught BenchError in") else text
+        return "failed", Failure(kind=kind, message=" ".join(own.split()) or kind)
     message = first_line(error)
     if kind == "BrokenProcessPool":
         message = f"a process that scores edges was killed; {KILLED}"

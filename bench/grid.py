@@ -287,12 +287,11 @@ def _data(
     batch = settings.batch_size or recipe.batch_size
     if batch > len(names["train"]):
         tell(f"warning: batches are of all {len(names['train'])} training images, not of {batch}")
-    # A limit that does not bind is none: the same images are the same cell.
-    whole = {split: limit is None or limit >= len(cards.ids(card, split, root)) for split, limit in limits.items()}
+    limits = {split: subset.binding(card, split, root, limit) for split, limit in limits.items()}
     return Data(
         cards.fingerprint(card, names["train"], names["val"], tasks, contents),
-        None if whole["train"] else limits["train"],
-        None if whole["val"] else limits["val"],
+        limits["train"],
+        limits["val"],
         skipped,
         {split: digits(contents[name] for name in chosen) for split, chosen in names.items()} if contents else {},
     )

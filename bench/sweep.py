@@ -281,9 +281,9 @@ def _run_one(job: Job, progress: Progress, line: TaskID) -> Record:
         process.join()
     except BaseException:
         progress.update(line, note="stopping after this step")
-        _stop(process, heard, told)
+        killed = _stop(process, heard, told)
         if "ended" not in told:
-            _crashed(job, process.exitcode, "interrupted").write(job.out)
+            _crashed(job, process.exitcode, "interrupted", killed).write(job.out)
         raise
     finally:
         heard.close()
@@ -307,27 +307,30 @@ def _listen(heard: Connection, told: set[str], show: Callable[[dict], None], sec
             show(event)
 
 
-def _stop(process: BaseProcess, heard: Connection, told: set[str]) -> None:
-    """Let the cell finish its step and write its record."""
+def _stop(process: BaseProcess, heard: Connection, told: set[str]) -> bool:
+    """Let the cell finish its step and write its record; whether it did not in time and was killed."""
     if process.exitcode is None:
         with suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGINT)
     with suppress(KeyboardInterrupt):  # a second Ctrl-C: now
         _listen(heard, told, lambda event: None, GRACE_SECONDS)
         process.join(1)
-    if process.exitcode is None:
+    late = process.exitcode is None
+    if late:
         process.kill()
         process.join()
+    return late
 
 
-def _crashed(job: Job, code: int, status: records.Status) -> Record:
-    """The record of a process that could not write its own."""
+def _crashed(job: Job, code: int, status: records.Status, by_us: bool = False) -> Record:
+    """The record of a process that could not write its own; `by_us`: this one killed it."""
     record = blank_record(job)
     log = job.log_path.read_text(encoding="utf-8", errors="replace") if job.log_path.exists() else ""
     if code < 0:
         name = signal.Signals(-code).name
-        kernel = f"; {KILLED}" if name == "SIGKILL" else ""
-        record.failure = Failure(kind="signal", message=f"killed by {name}{kernel}", traceback=log[-4000:])
+        why = "did not stop in time and was killed" if by_us else f"killed by {name}"
+        why += f"; {KILLED}" if name == "SIGKILL" and not by_us else ""
+        record.failure = Failure(kind="signal", message=why, traceback=log[-4000:])
     else:
         last = log.strip().splitlines()[-1] if log.strip() else "no message"
         record.failure = Failure(kind="exit", message=f"exit code {code}: {last}", traceback=log[-4000:])

@@ -75,11 +75,12 @@ class MultiTaskModel(nn.Module):
     """image (B, 3, H, W) in [0, 1] -> {task: (B, channels, H, W)}.
 
     A module that belongs to one task has the task's name as a component of its path (an nn.ModuleDict or
-    nn.ParameterDict keyed by task): the ledger reads that off. `independent` says that no parameter is shared
-    between tasks, so that each task is a training run of its own (its gradients are clipped apart). `prepare` is for
-    a method that looks at training data before it trains: it gets the losses by task of one batch after the other,
-    with their graph, and returns what the record should keep, as JSON holds it. `backbone_factor`, for models that
-    train the whole backbone: its share of the learning rate, where it is not to be the recipe's.
+    nn.ParameterDict keyed by task): the ledger reads that off. `independent` says that it stands for a network a task,
+    each trained by itself, so that their gradients are clipped apart; decoder-only fine-tuning, one network with a
+    decoder a task, does not, though its tasks share no trained parameter. `prepare` is for a method that looks at
+    training data before it trains: it gets the losses by task of one batch after the other, with their graph, and
+    returns what the record should keep, as JSON holds it. `backbone_factor`, for models that train the whole backbone:
+    its share of the learning rate, where it is not to be the recipe's.
     """
 
     def __init__(

@@ -26,9 +26,12 @@ from typer.testing import CliRunner
 from bench import grid, processes, resources, run, sweep
 from bench import record as records
 from bench.cli import app
+from bench.errors import BenchError
+from bench.failure import KILLED
 from bench.measure import code, provenance
 from bench.record import Estimated, Failure
 from bench.tuning import trial
+from methods.registry import MethodError
 
 STEPS = 60
 RECIPE = {
@@ -364,8 +367,14 @@ def test_a_second_interrupt_kills_the_cell_at_once(monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "kill", lambda pid, number: calls.append((pid, number)))
-    sweep._stop(Stubborn(), Silent(), set())
+    assert sweep._stop(Stubborn(), Silent(), set()) is True
     assert calls == [(-1, signal.SIGINT), "kill", "join"]
+
+
+@pytest.mark.parametrize("by_us", [True, False])
+def test_a_cell_that_the_sweep_killed_did_not_lack_memory(shared_out, by_us):
+    message = sweep._crashed(shared_out.jobs()[0], -signal.SIGKILL, "interrupted", by_us).failure.message
+    assert message == ("did not stop in time and was killed" if by_us else f"killed by SIGKILL; {KILLED}")
 
 
 def test_an_interrupt_between_a_cells_record_and_its_end_loses_nothing(tmp_path, monkeypatch):
@@ -420,8 +429,13 @@ def test_a_failures_message_is_printed_as_it_is(tmp_path, message):
     assert message in kept_failure(tmp_path, "decoder_only", message)
 
 
+def test_an_error_of_several_lines_keeps_its_first():
+    error = BenchError("cannot resume: size mismatch for a\n\tsize mismatch for b")
+    assert run.classify(error)[1].message == "cannot resume: size mismatch for a size mismatch for b"
+
+
 def test_an_empty_failure_is_classified():
-    for error in (RuntimeError(), KeyboardInterrupt(), MemoryError()):
+    for error in (RuntimeError(), KeyboardInterrupt(), MemoryError(), BenchError(), MethodError("")):
         status, failure = run.classify(error)
         assert status in ("failed", "interrupted", "out_of_memory")
         assert failure.message

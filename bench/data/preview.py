@@ -88,4 +88,4 @@ def save(picture: Image.Image, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
     except (OSError, ValueError) as error:
-        raise BenchError(f"cannot write {path}: {error}; choose another file with --out, e.g. preview.png") from error
+        raise BenchError(f"cannot write {path}: {error}; choose another place with --out") from error

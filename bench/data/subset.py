@@ -43,6 +43,11 @@ def ids(
     return [name for name in names if name in chosen]
 
 
+def binding(card: Card, split: Literal["train", "val"], root: Path | None, limit: int | None) -> int | None:
+    """The limit, or None where the split has no more images: then the same images are the same cell."""
+    return limit if limit is not None and limit < len(cards.ids(card, split, root)) else None
+
+
 def evenly_spaced(names: Sequence[str], count: int) -> list[str]:
     """`count` of the names, or all where there are no more."""
     return [names[i * len(names) // count] for i in range(count)] if count < len(names) else list(names)

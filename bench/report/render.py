@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,14 +176,22 @@ def report(
         for problem in problems:
             say(console, f"  {problem}")
     files["report.tex"] = latex.document(latex_tables)
-    files[REPORT] = json.dumps({"tables": data, "unreadable": problems}, indent=1, ensure_ascii=False) + "\n"
+    written = sorted(name for name in files if name.endswith(".csv"))
+    content = {"tables": data, "unreadable": problems, "files": written}
+    files[REPORT] = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     files["report.md"] = "\n\n".join(parts) + "\n"
-    for stale in (*out.glob("table[12]-*.csv"), *out.glob("rates-*.csv")):
-        if stale.name not in files:
-            stale.unlink()  # of records that are no longer there
+    for stale in _tables_of(out / REPORT) - set(files):
+        (out / stale).unlink(missing_ok=True)  # of records that are no longer there
     for name, text in files.items():
         write_atomically(out / name, text)
     say(console, f"\nwrote report.md, report.tex, report.json and {len(files) - 3} CSV tables to {out}")
+
+
+def _tables_of(report: Path) -> set[str]:
+    """The tables that an earlier report wrote beside it, by its own account."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        return {Path(name).name for name in json.loads(report.read_text(encoding="utf-8"))["files"]}
+    return set()
 
 
 def page(folder: Path, out: Path, reference: str | None, gallery: Sequence[Path], console: Console) -> None:

@@ -61,9 +61,7 @@ def score(
     Raises BenchError for missing or unreadable data, for predictions that are not finite and for want of memory.
     """
     spec, card = trained.record.spec, trained.card
-    chosen, most = eval_size or spec.eval_size, limit or spec.limit_val
-    if most is not None and most >= len(cards.ids(card, "val", root)) - len(spec.skipped):
-        most = None  # as `bench run` counts a limit that does not bind
+    chosen, most = eval_size or spec.eval_size, subset.binding(card, "val", root, limit or spec.limit_val)
     precision = spec.precision if place.name or spec.precision == "bf16" else "fp32"
     cuda.set_up(precision)
     if place.name:

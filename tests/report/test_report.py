@@ -710,19 +710,29 @@ def test_a_thousand_records_are_quick(tmp_path):
     for seed in range(250):
         for method in ("ours", "mtlora", "lora", "single_task_full"):
             make(tmp_path, method, seed=seed)
-    start = time.monotonic()
+    start = time.process_time()  # whatever else the machine does meanwhile
     report(tmp_path)
-    assert time.monotonic() - start < 10  # half a second when idle; wide enough for a busy machine
+    assert time.process_time() - start < 5  # half a second as a rule
 
 
 def test_tables_of_records_that_are_gone_do_not_stay(tmp_path):
-    (tmp_path / "report").mkdir()
-    stale, own = tmp_path / "report" / "table1-old-000000.csv", tmp_path / "report" / "mine.csv"
-    stale.write_text("")
-    own.write_text("")
+    """Nor does anything go that no report wrote, whatever its name."""
+    out = tmp_path / "report"
+
+    def written():
+        render.report(tmp_path, None, None, Console(file=io.StringIO()))
+        return {path.name for path in out.glob("*.csv")}
+
     make(tmp_path)
-    render.report(tmp_path, None, None, Console(file=io.StringIO()))
-    assert not stale.exists() and own.exists()
+    other = make(tmp_path, batch_size=4)
+    both = written()
+    own = {"table1-mine.csv", "rates-2024.csv"}
+    for name in own:
+        (out / name).write_text("")
+    other.unlink()
+    assert len(both) == 4 and len(written() - own) == 2 and own <= written() < both | own
+    (out / "report.json").write_text("{")  # whatever became of it
+    assert own <= written()
 
 
 def test_printed_delta_m_does_not_stand_under_another_reference(tmp_path):

@@ -117,6 +117,16 @@ def test_what_is_asked_otherwise_is_said_and_done(trained):
     assert small["rmse"] != scores["metrics"]["depth"]["rmse"] == pytest.approx(small["rmse"], rel=0.2)
 
 
+def test_a_limit_is_the_runs_whatever_else_was_skipped(trained, tmp_path):
+    """Skipped training images are no reason to score more than the run did."""
+
+    def change(content):
+        content["spec"].update(skipped=["a", "b"], limit_val=2)
+
+    done = bench(*altered(trained, tmp_path, change))
+    assert done.exit_code == 0 and "seed 0: 2 images" in done.output and "at most" not in done.output, done.output
+
+
 def test_images_that_the_run_skipped_are_skipped(trained, tmp_path):
     args = altered(trained, tmp_path, lambda content: content["spec"].update(skipped=["e"]))
     done = bench(*args)
