@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import itertools
 import json
@@ -26,7 +25,6 @@ from bench.data.verify import examine
 from bench.errors import BenchError, did_you_mean
 from bench.measure import gpu_state, provenance
 from bench.spec import EvalSize, Job, MemoryUse, Precision, Protocol, RunSpec
-from methods.registry import Configured, MethodError, asks_for_all, parse
 
 Positive = Annotated[int, Field(gt=0)]
 # Options of `bench run` that no suite has.
@@ -148,30 +146,24 @@ def jobs(
     place = resolve_device(device, settings.precision)
     if place.uuid and not shared_gpu:
         gpu_state.refuse_company(place.uuid, place.name)
+    from bench.fitting import fitting
     from methods.backbones import load as backbones
+    from methods.model import Setting
 
-    configured = parse(settings.methods)
-    built, refused = {}, {}
-    for backbone in dict.fromkeys(backbones.full_name(short.strip()) for short in settings.backbone.split(",")):
-        weights = backbones.resolve_weights(settings.weights, backbone)
-        if weights.path:
+    names = dict.fromkeys(backbones.full_name(short.strip()) for short in settings.backbone.split(","))
+    weights = {backbone: backbones.resolve_weights(settings.weights, backbone) for backbone in names}
+    for backbone, source in weights.items():
+        if source.path:
             # The weights of another model are refused here, once, and not by each cell.
-            backbones.load_backbone(backbone, size, weights)
-        fitting, refusals = _buildable(configured, backbone, size, card.channels(tasks), settings)
-        if not fitting:
-            raise next(iter(refusals.values()))
-        built[backbone] = weights, fitting
-        refused[backbone] = refusals
-    served = {method.expression for _, fitting in built.values() for method in fitting}
-    for expression, refusal in (pair for refusals in refused.values() for pair in refusals.items()):
-        if expression not in served and not asks_for_all(settings.methods):
-            raise refusal
-        tell(f"left out: {refusal}")
+            backbones.load_backbone(backbone, size, source)
+    setting = Setting(settings.protocol, settings.decoder)
+    built = fitting(settings.methods, list(names), size, card.channels(tasks), setting, tell)
     # Last, because it takes longest: every file is opened.
     data = _data(settings, recipe, card, tasks, data_root, tell)
     cells = []
-    for backbone, (weights, fitting) in built.items():
-        for method, seed in itertools.product(fitting, seeds):
+    for backbone, methods in built.items():
+        source = weights[backbone]
+        for method, seed in itertools.product(methods, seeds):
             spec = RunSpec(
                 method=method.expression,
                 backbone=backbone,
@@ -189,7 +181,7 @@ def jobs(
                 precision=settings.precision,
                 memory=settings.memory,
                 cudnn_benchmark=settings.cudnn_benchmark,
-                weights=f"file:{weights.sha256}" if weights.source == "file" else weights.source,
+                weights=f"file:{source.sha256}" if source.source == "file" else source.source,
                 limit_train=data.limit_train,
                 limit_val=data.limit_val,
                 eval_size=settings.eval_size,
@@ -205,7 +197,7 @@ def jobs(
                     card=_card_reference(settings.dataset),
                     data_root=data_root.resolve() if data_root else None,
                     data_contents=data.contents,
-                    weights_path=weights.path.resolve() if weights.path else None,
+                    weights_path=source.path.resolve() if source.path else None,
                     device_index=place.index,
                     device_name=place.name,
                     workers=_default_workers(place) if workers is None else workers,
@@ -335,35 +327,6 @@ def _card_reference(dataset: str) -> str:
 
 def _default_workers(place: Device) -> int:
     return 0 if place.slug == provenance.CPU else min(8, max(1, provenance.usable_cores() - 1))
-
-
-def _buildable(
-    configured: list[Configured],
-    backbone: str,
-    size: tuple[int, int],
-    channels: dict[str, int],
-    settings: Settings,
-) -> tuple[list[Configured], dict[str, MethodError]]:
-    """The methods that can be built on the backbone, tried on the meta device: shapes without memory; and why not, by
-    expression, those that cannot."""
-    import torch
-
-    from methods.backbones.load import WeightSource, load_backbone
-    from methods.model import Setting
-
-    fitting, refusals = [], {}
-    with torch.device("meta"):
-        frame = load_backbone(backbone, size, WeightSource("random"))
-    for method in configured:
-        with torch.device("meta"):
-            try:
-                # A copy: made anew, the backbone would take longer than the method.
-                method.try_build(copy.deepcopy(frame), channels, Setting(settings.protocol, settings.decoder))
-            except MethodError as error:
-                refusals[method.expression] = error
-                continue
-        fitting.append(method)
-    return fitting, refusals
 
 
 def resolve_device(device: str, precision: str) -> Device:

@@ -1,4 +1,4 @@
-"""How a verb of the command line ends where something is wrong: one line on standard error, and an exit code."""
+"""What the command line says in lines: plain text, and how a verb ends where something is wrong."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from bench.errors import BenchError
 from methods.registry import MethodError
@@ -31,3 +32,8 @@ def one_line_errors(verb: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(2) from None
 
     return wrapped
+
+
+def say(console: Console, text: str, style: str = "") -> None:
+    """Print plain text: a method expression's [brackets] are no markup."""
+    console.print(Text(text, style=style), highlight=False)

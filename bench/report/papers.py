@@ -15,7 +15,7 @@ from rich.markup import escape
 from bench.errors import BenchError, did_you_mean
 from bench.files import write_atomically
 from bench.grid import load_suite
-from bench.one_line import errors
+from bench.one_line import errors, say
 from bench.record import Record
 from bench.report import latex, published, render, tables
 from bench.report.groups import Group, by_one_metric, collect, groups
@@ -255,13 +255,13 @@ def report(name: str, folder: Path, out: Path | None, console: Console, as_json:
         missing = rows["status"].eq(NOT_RUN).sum()
         notes = [*laid_out.notes, *([f"{missing} rows not run; {again}"] if missing else [])]
         if not as_json:
-            render.say(console, f"\n{caption}", "bold")
+            say(console, f"\n{caption}", "bold")
             for mark in marks:
-                render.say(console, f"! {mark}", "bold red")
+                say(console, f"! {mark}", "bold red")
             for part in render.rich_tables(laid_out, console.width):
                 console.print(part)
             for note in notes:
-                render.say(console, note, "dim")
+                say(console, note, "dim")
         parts += [f"## {caption}", *marks, render.markdown_table(laid_out), "\n".join(f"- {note}" for note in notes)]
         latex_tables.append(latex.table(laid_out, caption, f"{name.replace('/', '-')}-{number}", [*marks, *notes]))
         data.append(
@@ -276,7 +276,7 @@ def report(name: str, folder: Path, out: Path | None, console: Console, as_json:
     if as_json:
         print(json.dumps({"tables": data}, indent=1, ensure_ascii=False))
     else:
-        render.say(console, f"\nwrote {', '.join(files)} to {out}")
+        say(console, f"\nwrote {', '.join(files)} to {out}")
 
 
 def setting_of(bundle: Sequence[Group]) -> str:

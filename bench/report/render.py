@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.files import write_atomically
+from bench.one_line import say
 from bench.record import REPORT
 from bench.report import latex, published, tables
 from bench.report.groups import Group, Mixture, collect, differences, groups, mixtures
@@ -279,8 +280,3 @@ def _against(group: Group, reference: str | None) -> str:
             return base.note
         return f"{base.note} in this setting; run the method {tables.BASELINE}, or choose another with --reference"
     return f"against {base.title}"
-
-
-def say(console: Console, text: str, style: str = "") -> None:
-    """Print plain text: a method expression's [brackets] are no markup."""
-    console.print(Text(text, style=style), highlight=False)

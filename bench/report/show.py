@@ -14,9 +14,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from bench.errors import BenchError
+from bench.one_line import say
 from bench.record import Record, read
 from bench.report.groups import weights_of
-from bench.report.render import say
 from bench.report.sheets import MISSING
 from bench.report.tables import GIB, HOST_BOUND
 from bench.spec import SETTLED, Tried

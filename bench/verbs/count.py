@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from rich.console import Console
@@ -14,10 +15,10 @@ from rich.table import Table
 
 from bench import grid, resources
 from bench.data import card as cards
-from bench.errors import BenchError
 from bench.report import published
 
 if TYPE_CHECKING:
+    from methods.backbones.base import Backbone
     from methods.model import MultiTaskModel
     from methods.registry import Configured
 
@@ -40,48 +41,30 @@ def counts(
     `tell` hears what is left out: methods of `all` that a backbone cannot serve, and named ones that another can.
     Raises BenchError or MethodError in one line.
     """
-    import torch
-
-    from methods.backbones.load import WeightSource, full_name, load_backbone
+    from bench.fitting import on_each
+    from methods.backbones.load import full_name
     from methods.model import Setting
-    from methods.registry import MethodError, asks_for_all, parse
 
     card = cards.load(dataset)
     channels = card.channels(cards.choose_tasks(card, tasks))
-    rows, refused = [], []
-    for backbone in (full_name(name.strip()) for name in backbones.split(",")):
-        try:
-            with torch.device("meta"):
-                frame = load_backbone(backbone, size, WeightSource("random"))
-        except MethodError as error:
-            if not asks_for_all(methods):
-                raise
-            tell(f"left out: {error}")
-            continue
-        for configured in parse(methods):
-            row = {"backbone": backbone, METHOD: configured.expression}
-            try:
-                for protocol in (PUBLISHED, EQUAL):
-                    with torch.device("meta"):
-                        model = configured.try_build(copy.deepcopy(frame), channels, Setting(protocol))
-                        if protocol == PUBLISHED:
-                            row[PASSES] = _passes(model, configured, size)
-                    row[protocol] = model.ledger().trainable / 1e6
-            except MethodError as error:
-                refused.append((configured.expression, error))
-                continue
-            # The papers count four tasks; for others their figure says nothing.
-            theirs = configured.published_row if set(channels) == set(published.TASKS) else None
-            row[PRINTED] = published.parameters(theirs, backbone)
-            rows.append(row)
-    served = {row[METHOD] for row in rows}
-    for expression, error in refused:
-        if expression not in served and not asks_for_all(methods):
-            raise error
-        tell(f"left out: {error}")
-    if not rows:
-        raise BenchError(f"none of the methods can run on {backbones}")
-    return pd.DataFrame(rows)
+
+    def row(backbone: str, frame: Backbone, configured: Configured) -> dict[str, Any]:
+        models = {
+            protocol: configured.try_build(copy.deepcopy(frame), channels, Setting(protocol))
+            for protocol in (PUBLISHED, EQUAL)
+        }
+        # The papers count four tasks; for others their figure says nothing.
+        theirs = configured.published_row if set(channels) == set(published.TASKS) else None
+        return {
+            "backbone": backbone,
+            METHOD: configured.expression,
+            PASSES: _passes(models[PUBLISHED], configured, size),
+            **{protocol: model.ledger().trainable / 1e6 for protocol, model in models.items()},
+            PRINTED: published.parameters(theirs, backbone),
+        }
+
+    names = [full_name(name.strip()) for name in backbones.split(",")]
+    return pd.DataFrame(itertools.chain(*on_each(methods, names, size, row, tell).values()))
 
 
 def _passes(model: MultiTaskModel, configured: Configured, size: tuple[int, int]) -> int:

@@ -71,14 +71,26 @@ def table(
     card, chosen = cards.load(dataset), recipes.load(recipe).untuned()
     task_lists = _task_lists(card, tasks, task_counts)
 
+    from bench.fitting import fitting
     from methods.backbones.load import full_name
-    from methods.registry import MethodError, asks_for_all, parse
+    from methods.model import Setting
+    from methods.registry import MethodError
 
-    rows, left_out = [], set()
     frames = [full_name(name.strip()) for name in backbones.split(",")]
-    grid = list(itertools.product(frames, sizes, parse(methods), uses, task_lists, batches))
+    widest, told = card.channels(max(task_lists, key=len)), set()
+    combinations = []
+    for size in sizes:  # before the minutes of work
+
+        def once(line: str) -> None:
+            if line not in told:
+                tell(line)
+            told.add(line)
+
+        for backbone, able in fitting(methods, frames, size, widest, Setting(protocol), once).items():
+            combinations += itertools.product([backbone], [size], able, uses, task_lists, batches)
+    rows = []
     for backbone, size, method, use, chosen_tasks, batch in track(
-        grid, "estimating", transient=True, console=Console(stderr=True)
+        combinations, "estimating", transient=True, console=Console(stderr=True)
     ):
         channels = card.channels(chosen_tasks)
         row = {"backbone": backbone, METHOD: method.expression, "image_size": f"{size[0]}x{size[1]}", "memory": use}
@@ -92,18 +104,9 @@ def table(
             row |= {"flops_forward": found.forward, "flops_backward": found.backward}
             if limit is not None:
                 row |= {"fits": found.peak <= limit, LARGEST: _largest(run, limit, batch)}
-        except MethodError as error:
-            if not asks_for_all(methods):
-                raise
-            if str(error) not in left_out:
-                tell(f"left out: {error}")
-            left_out.add(str(error))
-            continue
-        except BenchError as error:
+        except (BenchError, MethodError) as error:
             row |= {REASON: str(error)}
         rows.append(row)
-    if not rows:
-        raise BenchError(f"none of the methods can run on {backbones}")
     return pd.DataFrame(rows)
 
 

@@ -25,7 +25,7 @@ from bench.failure import classify
 from bench.files import write_atomically
 from bench.grid import Device
 from bench.measure import code, cuda, provenance
-from bench.report.render import say
+from bench.one_line import say
 from bench.report.sheets import MISSING
 from bench.spec import EvalSize, Precision
 from bench.tasks import TASKS

@@ -6,6 +6,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -21,6 +22,7 @@ from bench import recipe as recipes
 from bench.data import card as cards
 from bench.errors import BenchError
 from bench.grid import Device, one_of, parse_size
+from bench.one_line import say
 from bench.spec import MemoryUse, Precision, Protocol
 
 if TYPE_CHECKING:
@@ -70,20 +72,23 @@ def table(
     card, chosen = cards.load(dataset), recipes.load(recipe).untuned()
     channels = card.channels(cards.choose_tasks(card, tasks))
 
+    from bench.fitting import fitting
     from bench.measure.probe import Request
     from methods.backbones.load import full_name
-    from methods.registry import parse
+    from methods.model import Setting
 
+    name, size = full_name(backbone), parse_size(image_size)
+    able = fitting(methods, [name], size, channels, Setting(protocol), partial(say, console))[name]
     rows = []
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=console, transient=True) as progress:
         line = progress.add_task("")
-        for method in parse(methods):
+        for method in able:
             answers: dict[int, Answer] = {}
 
             def fits(batch: int, expression: str = method.expression, answers: dict[int, Answer] = answers) -> bool:
                 progress.update(line, description=escape(f"{expression}: a batch of {batch}"))
                 request = Request(
-                    method=expression, backbone=full_name(backbone), image_size=parse_size(image_size),
+                    method=expression, backbone=name, image_size=size,
                     channels=channels, protocol=protocol, memory=memory, precision=precision, recipe=chosen,
                     batch_size=batch, cuda=bool(place.name), limit=limit,
                 )  # fmt: skip

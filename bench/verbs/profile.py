@@ -24,6 +24,7 @@ from bench import recipe as recipes
 from bench.data import card as cards
 from bench.errors import BenchError
 from bench.grid import Device, one_of, parse_size
+from bench.one_line import say
 from bench.spec import MemoryUse, Precision, Protocol
 
 if TYPE_CHECKING:
@@ -83,20 +84,24 @@ def profile(
     import torch
     from accelerate import Accelerator
 
+    from bench.fitting import fitting
     from bench.measure import cuda
     from bench.measure.operators import operators
     from bench.measure.profile import CPU_CLOCK, CUDA_CLOCK, settle, synthetic_batch
     from bench.train.loop import Trainer
     from methods.backbones.load import WeightSource, full_name, load_backbone
     from methods.build import build_model
-    from methods.registry import described, parse
+    from methods.model import Setting
+    from methods.registry import described
 
     mixed = precision if precision in ("bf16", "fp16") else "no"
     if place.name:
         torch.cuda.set_device(place.index)
     cuda.set_up(precision)
+    frame = full_name(backbone)
+    able = fitting(methods, [frame], size, channels, Setting(protocol), functools.partial(say, console))[frame]
     trainers = {}
-    for method in parse(methods):
+    for method in able:
         torch.manual_seed(0)
         model = build_model(method, backbone, channels, size, "random", protocol, memory=memory)
         accelerator = Accelerator(mixed_precision=mixed, cpu=not place.name)  # a loss scale of its own
@@ -111,7 +116,7 @@ def profile(
     if not trainers:
         raise BenchError("none of the methods took a step")
     accelerator = next(iter(trainers.values())).accelerator  # not of one that was left out: its model is to go
-    frozen = load_backbone(full_name(backbone), size, WeightSource("random")).to(accelerator.device).eval()
+    frozen = load_backbone(frame, size, WeightSource("random")).to(accelerator.device).eval()
 
     def forward() -> None:
         with torch.no_grad(), accelerator.autocast():
