@@ -23,6 +23,7 @@ from bench import grid, resources, run
 from bench.cli import app
 from bench.data import card as cards
 from bench.data.loader import DenseDataset
+from bench.data.subset import evenly_spaced
 from bench.data.verify import Seen
 from bench.grid import load_suite
 from bench.record import scan
@@ -530,3 +531,46 @@ def test_no_steps_is_a_length():
         "run", "--methods", "decoder_only", "--backbone", LITE, "--weights", "random", "--steps", "0", "--dry-run"
     )
     assert done.exit_code == 0 and "length 0 steps" in " ".join(done.stdout.split())
+
+
+def floors_of(job):
+    """The predictions without an image of a cell, as its own process scores them."""
+    cell = run._Cell(job)
+    train, val, _ = run._split(cell)
+    return run._floors(cell, train, val, iter, None)
+
+
+def a_cell(own):
+    given = {"methods": "decoder_only", "backbone": LITE, "recipe": "smoke", "image_size": 32, "weights": "random"}
+    (job,) = grid.jobs(None, given | {"dataset": "own.yaml"}, own, "cpu", 0, Path("runs"))
+    return job
+
+
+def test_predictions_without_an_image_are_scored_anew_by_other_code(own, tmp_path, monkeypatch):
+    monkeypatch.setenv("BENCH_CACHE", str(tmp_path / "cache"))
+    first = floors_of(a_cell(own))
+    (kept,) = (tmp_path / "cache" / "floors").iterdir()
+    kept.write_text(json.dumps([{"semseg": {"mIoU": 12.5}}, {"semseg": {"mIoU": 25.0}}]))
+    assert floors_of(a_cell(own)) != first
+    monkeypatch.setattr(run.code, "of", lambda module: "another")
+    assert floors_of(a_cell(own)) == first
+
+
+def test_predictions_without_an_image_are_fitted_on_some_training_images(own, tmp_path, monkeypatch):
+    """Of two with opposite labels, the one: the other would make it a tie, which the first class wins."""
+    monkeypatch.setenv("BENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(run, "FLOOR_SAMPLES", 1)
+    (one,) = evenly_spaced(["a", "b"], 1)
+    for name in "abcd":
+        Image.fromarray(np.full((36, 40), name == one, np.uint8)).save(own / f"{name}-seg.png")
+    constant, place = floors_of(a_cell(own))
+    assert constant["semseg"]["mIoU"] == place["semseg"]["mIoU"] == 0
+
+
+def test_a_cache_folder_that_cannot_be_written_costs_no_cell(own, monkeypatch):
+    """What has been trained is not lost for a file that spares time."""
+    monkeypatch.setenv("BENCH_CACHE", str(own / "train.txt"))
+    done = bench(*OWN, "--data-root", own, "--out", "out")
+    assert done.exit_code == 0, done.output
+    (found,) = scan(Path("out"))
+    assert found.record.floor["semseg"]["mIoU"] > 0 and found.record.edge_tolerance is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -320,3 +321,14 @@ def test_the_order_in_which_tasks_are_named_is_in_no_hash():
 
 def test_a_recipes_number_and_the_same_number_on_the_command_line_are_one_cell():
     assert spec().hash == spec(batch_size=2, steps=2, limit_train=4, limit_val=2).hash
+
+
+@pytest.mark.parametrize(("scale", "refused"), [([0.75, 1.25], True), ([1.0, 1.25], False)])
+def test_what_a_smaller_image_leaves_free_is_outside_too(recipe, tmp_path, scale, refused):
+    path = recipe(augment={"border": "background", "scale": scale}, loss_weights={"semseg": 1})
+    card = {"name": "own", "title": "Own", "source": "scenes", "image_size": [32, 32], "splits": {"train": 2, "val": 2}}
+    text = yaml.safe_dump(card | {"tasks": {"semseg": {"classes": ["wall", *(f"class {i}" for i in range(20))]}}})
+    (tmp_path / "own.yaml").write_text(text)
+    expected = pytest.raises(BenchError, match="class 0 of own is 'wall'") if refused else nullcontext()
+    with expected:
+        jobs(**SMALL | {"recipe": path, "dataset": str(tmp_path / "own.yaml")})

@@ -251,3 +251,39 @@ def test_an_interrupt_waits_until_it_is_known_what_was_started(monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     assert known and os.environ["GIVEN"] == "before" and sys.modules["__main__"] is main
+
+
+def test_an_interrupt_does_not_end_a_pools_processes(tmp_path):
+    """Ctrl-C reaches all of a terminal's: the parent ends them, once it has done what it must."""
+    code = """
+        import os, signal, time
+        from bench import processes
+        with processes.pool(2) as pool:
+            for pid in {pool.submit(os.getpid).result() for _ in range(20)}:
+                os.kill(pid, signal.SIGINT)
+            time.sleep(0.5)
+            print(pool.submit(abs, -3).result())
+    """
+    done = python(code, tmp_path)
+    assert done.stdout == "3\n", done.stderr
+
+
+@LINUX
+def test_what_reads_images_ends_with_a_process_that_is_killed(tmp_path):
+    (tmp_path / "target.py").write_text("import os\ndef pid(card, root, name, tasks):\n    return os.getpid()\n")
+    code = """
+        import os, signal, target
+        from bench.data import check
+        check.inspect = target.pid
+        found = check.inspect_all(None, None, range(40), (), 2)
+        print(*{next(found)[1] for _ in range(30)}, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = python(code, tmp_path)
+    left = {int(pid) for pid in done.stdout.split()}
+    assert left and done.returncode == -signal.SIGKILL, done.stderr
+    end = time.monotonic() + 30
+    while left and time.monotonic() < end:
+        time.sleep(0.05)
+        left = {pid for pid in left if alive(pid)}
+    assert not left

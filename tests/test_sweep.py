@@ -32,6 +32,7 @@ from bench.measure import code, provenance
 from bench.record import Estimated, Failure
 from bench.tuning import trial
 from methods.registry import MethodError
+from tests.report import records as make
 
 STEPS = 60
 RECIPE = {
@@ -634,3 +635,32 @@ def test_a_cell_whose_trial_is_elsewhere_comes_last(shared_out):
     sweep.run_all([first, other], shared_out.shown)
     # The trial that was free, the other cell, the trial that was not; a cell whose trials fail is run to say so.
     assert shared_out.begun == [(0, True), (1, False), (0, True), (0, False)]
+
+
+def test_what_other_code_has_trained_in_part_is_other_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep.code, "fingerprint", lambda expression: "this")
+    made = records.read(make.make(tmp_path, "ours"))
+    for code_of, earlier, other in (("this", [], ""), ("this", ["before"], "other code"), ("before", [], "other code")):
+        seen = made.provenance.model_copy(update={"code": code_of, "earlier_code": earlier})
+        assert sweep.other_code(made.model_copy(update={"provenance": seen})) == other
+
+
+def test_cells_on_other_data_are_told_with_the_data_before_and_now(tmp_path):
+    """Of the same seed alone; half a record beside them says nothing."""
+    path = make.make(tmp_path, "ours", data_fingerprint="0123456789")
+    (path.parent / "half-s0.json").write_text("{")
+
+    def job(**changes):
+        spec = records.read(path).spec.model_copy(update={"data_fingerprint": "abcdef0123"} | changes)
+        return SimpleNamespace(spec=spec, record_path=tmp_path / spec.relative_path(), data_contents={})
+
+    told = sweep.on_other_data([job(), job(seed=1)])
+    assert told.startswith("1 of these cells is here on other data (01234567, now abcdef01:")
+    assert sweep.on_other_data([job(batch_size=9)]) == sweep.on_other_data([job(data_fingerprint="0123456789")]) == ""
+
+
+def test_weights_of_an_earlier_run_do_not_outlive_it(tmp_path):
+    args = (*asked(tmp_path, steps=2), "--out", tmp_path / "runs")
+    for more, kept in (((), 1), (("--fresh", "--no-keep-weights"), 0)):
+        assert bench(*args, *more).exit_code == 0
+        assert len(list((tmp_path / "runs").rglob("*.trained.safetensors"))) == kept

@@ -443,3 +443,12 @@ def test_from_shuffled_labels_nothing_is_gained(tmp_path):
     assert error(own) < 0.95 * error(control) and hits(own) > 1.05 * hits(control)
     shown = " ".join(bench("report", tmp_path / "runs").output.split())
     assert "SHUFFLED LABELS" in shown and "Constant per pixel" in shown and "Group 2 of 2" in shown
+
+
+def test_a_trial_that_diverged_has_no_say_in_the_metric(tmp_path):
+    def edges(rate, figures, **more):
+        return trial(tmp_path, rate, {"edge": 1.0}, metrics={"edge": figures}, **more)
+
+    good = [edges(1e-3, {"ods_f": 60.0, "max_f": 15.0}), edges(1e-2, {"ods_f": 50.0, "max_f": 16.0})]
+    tuned = choose([*good, edges(1e-1, {"max_f": 1.0}, status="diverged")])
+    assert tuned.rate == 1e-3 and {each.metrics["edge"] for each in tuned.tried} == {"ods_f"}

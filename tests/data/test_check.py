@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 
 from bench.cli import app
 from bench.data import card as cards
+from bench.data import verify
 from bench.data.check import Summary, inspect
+from bench.errors import BenchError
 
 CARD = {
     "name": "own",
@@ -196,3 +198,58 @@ def test_an_image_in_both_splits_is_told(own):
 def test_errors_are_one_line(arguments, message):
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 2 and message in done.output and "Traceback" not in done.output
+
+
+def test_what_was_read_is_read_again_when_the_card_changes(own, monkeypatch):
+    """What an earlier card let pass, this one may not."""
+    monkeypatch.setenv("BENCH_CACHE", str(own / "cache"))
+    card = cards.load(str(own / "own.yaml"))
+    assert not verify.examine(card, own, "abc", ("semseg",), 1, print).bad
+    content = yaml.safe_load((own / "own.yaml").read_text())
+    content["tasks"]["semseg"]["ignore"] = [9]
+    (own / "own.yaml").write_text(yaml.safe_dump(content))
+    found = verify.examine(cards.load(str(own / "own.yaml")), own, "abc", ("semseg",), 1, print)
+    assert list(found.bad) == ["a", "b", "c"] and "label value 255" in found.bad["a"]
+
+
+def test_half_of_what_was_kept_is_read_anew(own, monkeypatch):
+    monkeypatch.setenv("BENCH_CACHE", str(own / "cache"))
+    card = cards.load(str(own / "own.yaml"))
+    first = verify.examine(card, own, "abc", ("semseg",), 1, print)
+    (kept,) = (own / "cache" / "read").iterdir()
+    kept.write_text(kept.read_text()[:-9])
+    assert verify.examine(card, own, "abc", ("semseg",), 1, print) == first
+
+
+def test_many_images_are_read_in_processes_with_the_same_result(own, monkeypatch):
+    card, told = cards.load(str(own / "own.yaml")), []
+    few = verify.examine(card, own, "dabc", ("semseg",), 2, told.append)
+    assert not told and list(few.contents) == list("dabc")
+    monkeypatch.setattr(verify, "FEW", 3)
+    monkeypatch.setenv("BENCH_CACHE", str(own / "cache"))
+    assert verify.examine(card, own, "dabc", ("semseg",), 2, told.append) == few and len(told) == 1
+    (own / "c-seg.png").write_bytes(b"")
+    assert list(verify.examine(card, own, "dabc", ("semseg",), 2, told.append).bad) == ["c"]
+
+
+def test_without_a_cache_folder_no_image_is_to_blame(own, monkeypatch):
+    """With --skip-bad every image would be left out."""
+    content = CARD | {"tasks": {"edge": {"path": "{id}-seg.png", "rule": "boundaries"}}}
+    (own / "own.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.setenv("BENCH_CACHE", str(own / "train.txt"))
+    with pytest.raises(BenchError, match="cannot cache"):
+        verify.examine(cards.load(str(own / "own.yaml")), own, "abc", ("edge",), 1, print)
+
+
+def test_the_first_image_is_in_the_digits_too(own):
+    def digits():
+        return re.findall("contents ([0-9a-f]{16}):", run(own).output)
+
+    train, val = digits()
+    np.save(own / "a-depth.npy", np.full((6, 8), 3.0))
+    assert digits()[0] != train and digits()[1] == val
+
+
+def test_depths_are_of_labelled_pixels(own):
+    np.save(own / "a-depth.npy", np.tile([0.0, 2, 2, 3, 3, 3, 4, 9], (6, 1)))
+    assert inspect(cards.load(str(own / "own.yaml")), own, "a", ("depth",)).depths == (2, 3, 9)

@@ -871,3 +871,10 @@ def test_what_keeps_groups_apart_in_words():
     other = SimpleNamespace(key={"size": [96, 96], "recipe": {"augment": {"scales": [1.0, 1.5]}}, "steps": 7})
     told = ["size 96x128, not 96x96", "recipe.augment.scales none, not 1.0, 1.5", "steps none, not 7"]
     assert differences(one, other) == told and differences(one, one) == []
+
+
+def test_a_run_that_failed_has_no_say_in_the_metric(tmp_path):
+    edges(tmp_path, "ours", {"ods_f": 40.0, "max_f": 20.0})
+    edges(tmp_path, "mtlora", {"max_f": 16.0}, status="failed", failure=Failure(kind="Error", message="disk full"))
+    group = only(tmp_path)
+    assert group.headlines["edge"].key == "ods_f" and not any("odsF" in mark for mark in group.marks)

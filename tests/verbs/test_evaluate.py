@@ -9,12 +9,15 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 import pytest
 import yaml
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bench import record as records
 from bench.data import card as cards
+from bench.data import check, subset
 from bench.data.loader import DenseDataset, validation_batches
+from bench.data.verify import examine
 from bench.spec import trained_weights
 from bench.train.floor import best_maps, score_floors, sum_labels
 from bench.train.weights import digest
@@ -115,16 +118,6 @@ def test_what_is_asked_otherwise_is_said_and_done(trained):
     # Of the same images, at the network's size.
     small = evaluated(trained, "--limit-val", 2, "--batch-size", 1)[1]["metrics"]["depth"]
     assert small["rmse"] != scores["metrics"]["depth"]["rmse"] == pytest.approx(small["rmse"], rel=0.2)
-
-
-def test_a_limit_is_the_runs_whatever_else_was_skipped(trained, tmp_path):
-    """Skipped training images are no reason to score more than the run did."""
-
-    def change(content):
-        content["spec"].update(skipped=["a", "b"], limit_val=2)
-
-    done = bench(*altered(trained, tmp_path, change))
-    assert done.exit_code == 0 and "seed 0: 2 images" in done.output and "at most" not in done.output, done.output
 
 
 def test_images_that_the_run_skipped_are_skipped(trained, tmp_path):
@@ -272,3 +265,74 @@ def test_bad_input_is_one_line(trained, args, message):
     done = bench("evaluate", "--record", path, *card, *args)
     assert done.exit_code == 2 and message in done.output and "Traceback" not in done.output, done.output
     assert len(done.output.strip().splitlines()) == 1
+
+
+def settled(trained, tmp_path, **spec):
+    """`altered` for a record whose run was asked for this, on the data that it had then."""
+    folder, _, record, _ = trained
+    card, tasks = cards.load(str(folder / "small.yaml")), record.spec.tasks
+    names = {
+        split: subset.ids(card, split, folder, spec.get(f"limit_{split}"), tasks, spec.get("skipped", ()))
+        for split in ("train", "val")
+    }
+    contents = examine(card, folder, sum(names.values(), []), tasks, 1, print).contents
+    spec["data_fingerprint"] = cards.fingerprint(card, *names.values(), tasks, contents)
+    digits = {split: check.digits(contents[name] for name in chosen) for split, chosen in names.items()}
+
+    def change(content):
+        content["spec"].update(spec)
+        content["provenance"]["data_contents"] = digits
+
+    return altered(trained, tmp_path, change)
+
+
+@pytest.mark.parametrize(
+    ("spec", "images"),
+    [
+        ({"limit_train": 1, "limit_val": 2}, 2),
+        ({"eval_size": "original"}, 3),
+        ({"skipped": ["e"]}, 2),
+        ({"skipped": ["a"]}, 3),
+    ],
+)
+def test_what_the_run_was_asked_for_is_done_and_no_difference(trained, tmp_path, spec, images):
+    done = bench(*settled(trained, tmp_path, **spec))
+    assert done.exit_code == 0 and f"seed 0: {images} images" in done.output, done.output
+    assert "not as in the record" not in done.output
+
+
+def test_want_of_memory_is_one_line_with_what_helps(trained, monkeypatch):
+    def full(*args):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("bench.train.evaluation.evaluate", full)
+    done = bench("evaluate", "--record", trained[1], *trained[3], "--device", "cpu")
+    assert done.exit_code == 2 and "a smaller --batch-size needs less" in done.output
+    assert len(done.output.strip().splitlines()) == 1, done.output
+
+
+@pytest.mark.parametrize(("factor", "told"), [(1 + 1e-5, False), (1 + 1e-3, True)])
+def test_rounding_is_no_warning_and_a_tenth_of_a_percent_is(trained, tmp_path, factor, told):
+    def change(content):
+        content["metrics"]["depth"]["rmse"] *= factor
+
+    done = bench(*altered(trained, tmp_path, change))
+    assert done.exit_code == 0 and ("warning: nothing but the figures differs" in done.output) == told
+
+
+@pytest.mark.parametrize("skipped", ["a", "e"])
+def test_a_skipped_image_does_not_lift_the_limit(trained, tmp_path, skipped):
+    done = bench(*settled(trained, tmp_path, limit_val=2, skipped=[skipped]))
+    assert done.exit_code == 0 and "seed 0: 2 images" in done.output, done.output
+    assert "not as in the record" not in done.output, done.output
+
+
+def test_a_record_in_bf16_is_scored_in_bf16(trained, tmp_path):
+    """On a CPU too, which has it."""
+    args = altered(trained, tmp_path, lambda content: content["spec"].update(precision="bf16"))
+    AcceleratorState._reset_state()
+    done = bench(*args, "--out", tmp_path / "scores.json")
+    AcceleratorState._reset_state()
+    assert done.exit_code == 0 and "not as in the record" not in done.output, done.output
+    before, now = trained[2].metrics["depth"], json.loads((tmp_path / "scores.json").read_text())["metrics"]["depth"]
+    assert now != before and now == pytest.approx(before, rel=0.05)

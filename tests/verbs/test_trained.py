@@ -317,3 +317,10 @@ def test_a_model_that_cannot_be_exported_costs_one_line(cell, image, tmp_path, m
     assert done.exit_code == 2 and "graph()" not in done.output and "thousand" not in done.output
     (line,) = done.stderr.strip().splitlines()
     assert "decoder_only cannot be exported" in line and "data-dependent branch" in line
+
+
+def test_weights_whose_model_has_no_finite_answer_any_more_are_refused(cell, tmp_path, monkeypatch):
+    path, _ = cell("ours")
+    monkeypatch.setattr(torch.nn.functional, "gelu", lambda x: x * float("nan"))
+    with pytest.raises(BenchError, match="otherwise than when it was trained"):
+        trained.load(str(path), tmp_path, None, None)
