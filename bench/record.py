@@ -6,6 +6,7 @@ Written atomically, found again by the content hash of its spec. No torch here: 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,9 +157,7 @@ class Time(Part):
 
     @property
     def median(self) -> float:
-        ordered = sorted(self.samples)
-        half = len(ordered) // 2
-        return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+        return statistics.median(self.samples)
 
 
 class Estimated(Part):

@@ -18,8 +18,8 @@ UNLABELLED = (255, 255, 255)
 MARGIN, HEADER = 4, 16
 
 
-def sheet(dataset: DenseDataset, indices: Sequence[int], epoch: int = 0) -> Image.Image:
-    """A row a sample: the image, then each task. White is without a label."""
+def sheet(dataset: DenseDataset, indices: Sequence[int]) -> Image.Image:
+    """A row a sample: the image, then each task, augmented as in the first epoch. White is without a label."""
     height, width = dataset.size
     columns = ["image", *dataset.tasks]
     out = Image.new(
@@ -29,7 +29,7 @@ def sheet(dataset: DenseDataset, indices: Sequence[int], epoch: int = 0) -> Imag
     for column, name in enumerate(columns):
         pen.text((column * (width + MARGIN) + 2, 2), name, fill=(255, 255, 255))
     for row, index in enumerate(indices):
-        sample = dataset[epoch, index]
+        sample = dataset[0, index]
         top = HEADER + row * (height + MARGIN + HEADER)
         for column, name in enumerate(columns):
             picture = draw(name, sample[name].numpy(), dataset.card)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from bench.errors import BenchError
-from bench.figures.style import COLOURS, caption, legend_below, look, panels, plain
+from bench.figures.style import COLOURS, LINES, MARKERS, caption, legend_below, look, panels, plain
 from bench.record import Record
 from bench.report import papers, published, tables
 from bench.report.front import front
@@ -116,7 +116,7 @@ def pareto(groups: Sequence[Group], choice: Choice) -> Drawn:
             # A paper's GPU is no CPU: there its memory and time have no place.
             for index, row in enumerate(printed if column == tables.TP or not cpu else []):
                 x = row[{tables.TP: "tp_m"}.get(column, "memory_gb" if "memory" in column else "seconds_per_batch")]
-                axis.plot(x, row["delta_m"], marker=MARK_PRINTED[index % len(MARK_PRINTED)], mfc="none", mec="#777777",
+                axis.plot(x, row["delta_m"], marker=MARKERS[index % len(MARKERS)], mfc="none", mec="#777777",
                           ls="", ms=6, label=f"{row['row']} {published.MARK}")  # fmt: skip
             axis.set_xlabel(f"{label} (log)")
             axis.set_xscale("log")
@@ -132,9 +132,6 @@ def pareto(groups: Sequence[Group], choice: Choice) -> Drawn:
         ]
         caption(figure, [*_about(group), *_left_out(group, [r.title for r in rows]), *(extra if printed else [])])
         yield group.slug, figure
-
-
-MARK_PRINTED = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def _printed(group: Group, rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -319,8 +316,8 @@ def gradients(groups: Sequence[Group], choice: Choice) -> Drawn:
         widest = max(0.05, *(np.quantile(np.abs(values), 0.99) for values in found.values()))
         bins = np.linspace(-widest, widest, 41)
         for index, (title, values) in enumerate(found.items()):
-            colour, _, line = look(index)
-            line = ("-", "--", ":", "-.")[index % 4]
+            colour, _, _ = look(index)
+            line = LINES[index % len(LINES)]
             against = (values < 0).mean()
             share = np.full(len(values), 100 / len(values))
             axis.hist(values.clip(-widest, widest), bins, weights=share, histtype="step", color=colour, ls=line, lw=1.4,

@@ -141,22 +141,19 @@ def _lost(name: str, figure: str, a: bool, b: bool) -> Iterator[Change]:
 
 
 def _memory(name: str, one: Sequence[Record], other: Sequence[Record], thresholds: Thresholds) -> Iterator[Change]:
-    for field, figure in (
-        ("peak_allocated", "peak allocated, bytes"),
-        ("process_peak", "process peak, bytes"),
-    ):
-        cuda = one[0].spec.device_kind == "cuda"
-        if cuda != (field == "peak_allocated"):
-            continue
-        peaks = [
-            max((getattr(r.memory, field) for r in records if r.memory and getattr(r.memory, field)), default=None)
-            for records in (one, other)
-        ]
-        yield from _lost(name, figure, bool(peaks[0]), bool(peaks[1]))
-        if all(peaks):
-            # A CPU's resident peak holds imports and caches; it moves by some percent by itself.
-            threshold = thresholds.memory if cuda else max(thresholds.memory, 0.05)
-            yield _relative(name, figure, *peaks, threshold, noise=0.0, higher_is_better=False)
+    cuda = one[0].spec.device_kind == "cuda"
+    figure = f"{'peak allocated' if cuda else 'process peak'}, bytes"
+
+    def peak(records: Sequence[Record]) -> int | None:
+        memories = [record.memory for record in records if record.memory]
+        return max(filter(None, (m.peak_allocated if cuda else m.process_peak for m in memories)), default=None)
+
+    before, after = peak(one), peak(other)
+    yield from _lost(name, figure, before is not None, after is not None)
+    if before is not None and after is not None:
+        # A CPU's resident peak holds imports and caches; it moves by some percent by itself.
+        threshold = thresholds.memory if cuda else max(thresholds.memory, 0.05)
+        yield _relative(name, figure, before, after, threshold, noise=0.0, higher_is_better=False)
 
 
 def _time(name: str, one: Sequence[Record], other: Sequence[Record], thresholds: Thresholds) -> Iterator[Change]:

@@ -226,10 +226,10 @@ def _sheets(group: Group, reference: str | None) -> list[tuple[str, str, pd.Data
     suffix = f" (Δm {against})" if reference is not None else ""
     made: list[tuple[str, str, pd.DataFrame, Sheet]] = []
     if group.trained:
-        table = tables.accuracy_table(group, reference, strict=False)
+        table = tables.accuracy_table(group, reference)
         made.append(("table1", f"Table 1. Accuracy{suffix}", table, accuracy_sheet(group, table, against)))
     if not group.any_device:
-        table = tables.efficiency_table(group, reference, strict=False)
+        table = tables.efficiency_table(group, reference)
         made.append(("table2", f"Table 2. Efficiency{suffix}", table, efficiency_sheet(group, table, against)))
     tuned = tables.rates_table(group)
     if tuned is not None:

@@ -142,14 +142,14 @@ def _delta(figures: Mapping[str, float], against: Baseline) -> tuple[float, str]
         return float("nan"), str(error)
 
 
-def accuracy_table(group: Group, reference: str | None = None, *, strict: bool = True) -> pd.DataFrame:
+def accuracy_table(group: Group, reference: str | None = None) -> pd.DataFrame:
     """Table 1: the best constant prediction, one row a method (mean over its seeds), and the papers' rows of the same
     methods and backbone.
 
-    `reference` takes the place of the single-task baseline in Delta-m. Raises BenchError where the group does not
-    hold it, unless not `strict`: then Delta-m is missing.
+    `reference` takes the place of the single-task baseline in Delta-m, which is missing where the group does not hold
+    it. Raises BenchError for a name that stands for several methods.
     """
-    against = _checked(group, reference, strict)
+    against = baseline(group, reference)
     rows = floors(group)
     measured = [measured_row(group, records, against) for records in group.methods()]
     by_seed = [_deltas_by_seed(group, records, against) for records in group.methods()]
@@ -287,13 +287,13 @@ def rates_table(group: Group) -> pd.DataFrame | None:
     return pd.DataFrame(rows) if rows else None
 
 
-def efficiency_table(group: Group, reference: str | None = None, *, strict: bool = True) -> pd.DataFrame:
+def efficiency_table(group: Group, reference: str | None = None) -> pd.DataFrame:
     """Table 2: trainable parameters in millions, memory in GiB, seconds a batch, Delta-m; then the papers' rows.
 
     Memory is the largest peak over seeds, time is over the samples of all seeds together. Figures of a CPU stand in
     other columns than those of a GPU, and printed ones in columns of their own: the paper's "GB" may not be GiB.
     """
-    against = _checked(group, reference, strict)
+    against = baseline(group, reference)
     rows = [
         _common(group, records)
         | _parameters(group, records)
@@ -312,12 +312,6 @@ def efficiency_table(group: Group, reference: str | None = None, *, strict: bool
 
 
 _SPLIT = {TP_ADAPTATION: "adaptation", TP_BACKBONE: "backbone", TP_DECODER: "decoder"}
-
-
-def _checked(group: Group, reference: str | None, strict: bool) -> Baseline:
-    if reference is not None and strict:
-        check_reference([group], reference)
-    return baseline(group, reference)
 
 
 def _frame(rows: list[dict[str, Any]], columns: Sequence[str]) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -303,10 +303,6 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     }
 
 
-# Of a checkpoint's fields, those that older ones lack.
-LATER = {"cosines": dict, "commits": list, "codes": list, "preparation": dict}
-
-
 def save_checkpoint(path: Path, trainer: Trainer, progress: Progress) -> None:
     """Trained tensors, optimizer state and random state, as safetensors, written atomically."""
     tensors = {f"model/{name}": tensor for name, tensor in trainer.plain_model.trained_state().items()}
@@ -315,10 +311,7 @@ def save_checkpoint(path: Path, trainer: Trainer, progress: Progress) -> None:
     tensors["rng/cpu"] = torch.get_rng_state()
     if trainer.accelerator.device.type == "cuda":
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
-    about = {"step": progress.step, "loader_wait": progress.loader_wait, "history": progress.history}
-    about |= {"cosines": progress.cosines, "commits": progress.commits, "codes": progress.codes}
-    about |= {"preparation": progress.preparation}
-    about |= {"lr": trainer.recipe.optimizer.lr}
+    about = {"lr": trainer.recipe.optimizer.lr, **asdict(progress)}
     if trainer.accelerator.scaler is not None:
         about["scaler"] = trainer.accelerator.scaler.state_dict()
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -335,7 +328,7 @@ def load_checkpoint(path: Path, trainer: Trainer) -> Progress:
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["bench"])
-            if about.get("lr", trainer.recipe.optimizer.lr) != trainer.recipe.optimizer.lr:
+            if about["lr"] != trainer.recipe.optimizer.lr:
                 return Progress()
             tensors = {key: file.get_tensor(key) for key in file.keys()}
         trainer.plain_model.load_trained_state(_below(tensors, "model/"))
@@ -350,8 +343,7 @@ def load_checkpoint(path: Path, trainer: Trainer) -> Progress:
             torch.cuda.set_rng_state(tensors["rng/cuda"])
         if trainer.accelerator.scaler is not None and "scaler" in about:
             trainer.accelerator.scaler.load_state_dict(about["scaler"])
-        rest = (about.get(name, kind()) for name, kind in LATER.items())
-        return Progress(about["step"], about["loader_wait"], about["history"], *rest)
+        return Progress(**{each.name: about[each.name] for each in fields(Progress)})
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise BenchError(f"cannot resume from {path}: {error}; delete it to start this cell anew") from error
 

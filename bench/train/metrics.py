@@ -75,8 +75,9 @@ class MaxMeanIoU(Metric):
     def update(self, logits: Tensor, label: Tensor) -> None:
         valid, truth = label != IGNORE, label == 1
         true, labelled = truth.flatten(1).sum(1).double(), valid.flatten(1).any(1)
+        probability = logits[:, 0].sigmoid()
         for i, threshold in enumerate(SALIENCY_THRESHOLDS.tolist()):
-            predicted = (logits[:, 0].sigmoid() > threshold) & valid
+            predicted = (probability > threshold) & valid
             both = (predicted & truth).flatten(1).sum(1).double()
             either = (predicted | truth).flatten(1).sum(1).double()
             self.total[i] += torch.where(either > 0, both / either.clamp_min(1), 1.0)[labelled].sum()

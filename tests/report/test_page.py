@@ -136,6 +136,7 @@ def test_a_methods_name_leads_to_its_card(records, view):
     page = view(write(records))
     page.locator("table.dataTable tbody a", has_text="Ours").click()
     card = page.locator("details.card[open]")
+    card.wait_for()  # it opens with the event that follows the click
     assert card.count() == 1 and "2,362,108" in card.inner_text() and "Some CPU" in card.inner_text()
 
 

@@ -172,7 +172,7 @@ def test_unknown_or_ambiguous_reference_names_the_candidates(tmp_path):
     make(tmp_path, "ours[r=2]")
     make(tmp_path, "ours[r=8]")
     with pytest.raises(BenchError, match=r"no record of 'mtlora'.*ours\[r=2\], ours\[r=8\]"):
-        tables.accuracy_table(only(tmp_path), "mtlora")
+        tables.check_reference([only(tmp_path)], "mtlora")
     with pytest.raises(BenchError, match=r"no record of 'mtlora'"):
         report(tmp_path, "mtlora")
     with pytest.raises(BenchError, match=r"several methods: ours\[r=2\], ours\[r=8\]"):
