@@ -573,11 +573,16 @@ def export(
 
 @app.command("list")
 @one_line_errors
-def list_(what: Annotated[str, typer.Argument(help="methods, backbones, datasets, recipes or suites")]) -> None:
-    """What can be asked for by name."""
+def list_(
+    what: Annotated[str, typer.Argument(help="methods, backbones, datasets, recipes or suites; or a method's name")],
+) -> None:
+    """What can be asked for by name; of a method, what it does and what its options mean."""
     from bench.verbs import listing
 
-    Console().print(listing.table(what))
+    if text := listing.about(what):
+        print(text)
+    else:
+        Console().print(listing.table(what))
 
 
 def _print_cells(jobs: list, console: Console) -> None:

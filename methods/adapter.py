@@ -23,6 +23,9 @@ from methods.registry import Method, at_least_one, register
 
 @dataclass(frozen=True)
 class Options:
+    """`sharing`: a set of parameters and a pass of the backbone for each task (`per_task`), or one for all
+    (`shared`). `reduction`: the bottleneck is C / `reduction` wide."""
+
     sharing: Sharing = "per_task"
     reduction: int = 2
 

@@ -51,6 +51,10 @@ from methods.registry import Method, MethodError, at_least_one, register
 
 @dataclass(frozen=True)
 class Options:
+    """`r`: the task branch works on d = C / `r` channels (eq. 3). `direction`: of the adaptation, general to task
+    (`g2t`), task to general (`t2g`) or `both` (eq. 3-8). `mote`: the mixture of task experts (eq. 9-11). `form`:
+    `plain` is the equations as printed, the same function in more memory and time."""
+
     r: int = 4
     direction: Literal["both", "g2t", "t2g"] = "both"
     mote: bool = True

@@ -28,6 +28,9 @@ from methods.registry import Method, MethodError, at_least_one, register
 
 @dataclass(frozen=True)
 class Options:
+    """`n`: so many Kronecker products make a matrix, of rules A_i (`n` x `n`). `reduction`: the bottleneck is C /
+    `reduction` wide."""
+
     n: int = 4
     reduction: int = 2
 
@@ -37,7 +40,7 @@ class Options:
 
 @dataclass(frozen=True)
 class PlusPlusOptions(Options):
-    pass
+    """As Compacter's."""
 
 
 def build(backbone: Backbone, tasks: Mapping[str, int], options: Options, setting: Setting) -> MultiTaskModel:

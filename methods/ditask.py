@@ -51,6 +51,10 @@ from methods.registry import Method, probability, register
 
 @dataclass(frozen=True)
 class Options:
+    """`cells`, `task_cells`: of the joint and of the tasks' CPAB transformations. `dropout`: on the shared input.
+    `drop_path`: stochastic depth's rate at the last block, rising from 0. `start`: theta at zero, the pretrained
+    function (`identity`), or drawn (`random`)."""
+
     cells: int = 64
     task_cells: int = 4
     dropout: float = 0.05

@@ -32,6 +32,8 @@ from methods.registry import Method, at_least_one, register
 
 @dataclass(frozen=True)
 class Options:
+    """`reduction`: adapters are C / `reduction` wide. `embedding`: length of a task's and of a block's embedding."""
+
     reduction: int = 3
     embedding: int = 64
 

@@ -21,6 +21,9 @@ from methods.registry import Method, at_least_one, probability, register
 
 @dataclass(frozen=True)
 class Options:
+    """`sharing`: a set of parameters and a pass of the backbone for each task (`per_task`), or one for all
+    (`shared`). `rank` of an update, which counts `alpha` / `rank` times. `dropout`: on its input."""
+
     sharing: Sharing = "per_task"
     rank: int = 4
     alpha: float = 8.0

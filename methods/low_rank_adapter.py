@@ -23,6 +23,10 @@ from methods.registry import Method, at_least_one, register
 
 @dataclass(frozen=True)
 class Options:
+    """`sharing`: a set of parameters and a pass of the backbone for each task (`per_task`), or one for all
+    (`shared`). `reduction`: the bottleneck is C / `reduction` wide. `rank` of both its matrices, each in two
+    factors."""
+
     sharing: Sharing = "per_task"
     reduction: int = 2
     rank: int = 5

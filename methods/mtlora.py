@@ -51,6 +51,9 @@ from methods.registry import Method, MethodError, at_least_one, probability, reg
 
 @dataclass(frozen=True)
 class Options:
+    """`rank`, `task_rank`: of the shared and of the tasks' updates. `scale`: so many times an update counts.
+    `dropout`: on the shared updates' input. `drop_path`: stochastic depth's rate at the last block, rising from 0."""
+
     rank: int = 64
     task_rank: int = 4
     scale: float = 4.0
@@ -64,7 +67,7 @@ class Options:
 
 @dataclass(frozen=True)
 class PlusOptions(Options):
-    pass
+    """As MTLoRA's."""
 
 
 def build(backbone: Backbone, tasks: Mapping[str, int], options: Options, setting: Setting) -> MultiTaskModel:

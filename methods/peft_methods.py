@@ -22,6 +22,10 @@ from methods.registry import Method, Prefix, register_prefix
 
 @dataclass(frozen=True)
 class Options:
+    """`sharing`: a set of parameters and a pass of the backbone for each task (`per_task`), or one for all
+    (`shared`). `targets`: the attention's input projections (`attention`), or all linears of a block (`block`).
+    `rank`: 0 is the tuner's own."""
+
     sharing: Sharing = "per_task"
     targets: Literal["attention", "block"] = "attention"
     rank: int = 0

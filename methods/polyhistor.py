@@ -35,6 +35,8 @@ EMBEDDING = 64
 
 @dataclass(frozen=True)
 class Options:
+    """`k`: inner width of W_p W_q, of which a matrix is made. `rho`: an adapter is C / `rho` wide."""
+
     k: int = 10
     rho: int = 8
 
@@ -44,6 +46,8 @@ class Options:
 
 @dataclass(frozen=True)
 class LiteOptions:
+    """`k`: inner width of W_p W_q, of which the template is made. `rho`: an adapter is C / `rho` wide."""
+
     k: int = 16
     rho: int = 4
 

@@ -40,6 +40,10 @@ EXAMPLE = "semseg+human_parts-saliency+normals"
 
 @dataclass(frozen=True)
 class Options:
+    """`groups`: their number, `auto` (half as many as tasks), or the groups themselves. `rank`, `group_rank`,
+    `task_rank`: of the updates of stages 1 and 2, of stage 3 and of stage 4. `scale`: so many times an update
+    counts. `batches`: of training data, by whose gradients tasks are grouped."""
+
     groups: str = "auto"
     rank: int = 64
     group_rank: int = 24

@@ -57,6 +57,10 @@ from methods.registry import Method, at_least_one, probability, register
 
 @dataclass(frozen=True)
 class Options:
+    """`rank` of the shared updates. `filter`: made from each sample (`dynamic`), or a task's own convolution
+    (`static`). `scale`: so many times an update counts. `dropout`: on their input. `drop_path`: stochastic depth's
+    rate at the last block, rising from 0."""
+
     rank: int = 64
     filter: Literal["dynamic", "static"] = "dynamic"
     scale: float = 4.0

@@ -24,6 +24,8 @@ from methods.registry import Method, at_least_one, register
 
 @dataclass(frozen=True)
 class Options:
+    """`reduction`: the bottleneck is C / `reduction` wide."""
+
     reduction: int = 2
 
     def __post_init__(self) -> None:

@@ -35,6 +35,9 @@ from methods.registry import Method, MethodError, at_least_one, register
 
 @dataclass(frozen=True)
 class Options:
+    """`rho`: the bottleneck is C / `rho` wide (eq. 3). `s`: the tasks' share of F, the rest is added to the
+    encoder (eq. 4)."""
+
     rho: int = 4
     s: float = 0.5
 
@@ -46,6 +49,8 @@ class Options:
 
 @dataclass(frozen=True)
 class LiteOptions(Options):
+    """`m`: so many Kronecker products make a matrix (eq. 6)."""
+
     m: int = 3
 
     def __post_init__(self) -> None:

@@ -30,6 +30,8 @@ from methods.registry import Method, MethodError, at_least_one, register
 
 @dataclass(frozen=True)
 class ShallowOptions:
+    """`prompts`: tokens a task, in the deep variant a task and block."""
+
     prompts: int = 50
 
     def __post_init__(self) -> None:
@@ -38,7 +40,7 @@ class ShallowOptions:
 
 @dataclass(frozen=True)
 class DeepOptions(ShallowOptions):
-    pass
+    """As the shallow variant's."""
 
 
 def prompted_swin(backbone: SwinBackbone, image: Tensor, prompts: Sequence[Tensor]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -28,6 +29,8 @@ from bench.data.verify import Seen
 from bench.grid import load_suite
 from bench.record import scan
 from bench.resources import ROOT
+from bench.verbs import listing
+from methods.registry import all_methods, parse
 
 SMALL = ("--recipe", "smoke", "--image-size", "32", "--weights", "random", "--device", "cpu")
 LITE = "tf_efficientnet_lite0.in1k"
@@ -491,6 +494,24 @@ def test_list(what, expected):
     result = bench("list", what)
     assert result.exit_code == 0 and result.stderr == ""
     assert all(text in result.stdout for text in expected), result.stdout
+
+
+@pytest.mark.parametrize("name", ["ours", "vmt_adapter_lite", "peft:dora", "mtlora_plus"])
+def test_what_a_method_does_and_its_options_mean(name):
+    """Its file says it: the paper, and each option by its name."""
+    result = bench("list", name)
+    assert result.exit_code == 0 and result.stderr == "" and result.stdout.startswith(f"{name} · ")
+    (configured,) = parse(name)
+    options = [field.name for field in dataclasses.fields(configured.method.options)]
+    assert options and all(f"`{option}`" in result.stdout for option in options)
+    assert "Paper: " in result.stdout or name.startswith("peft:")
+
+
+def test_every_option_of_a_papers_method_is_described():
+    for method in all_methods().values():
+        said = " ".join(listing._said(method.options))
+        for field in dataclasses.fields(method.options) if method.citation else ():
+            assert f"`{field.name}`" in said, (method.name, field.name)
 
 
 def test_a_dry_run_prints_the_cells_and_writes_nothing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import typing
 
 from rich.markup import escape
@@ -11,6 +12,7 @@ from rich.table import Table
 from bench import grid, recipe, resources
 from bench.data import card
 from bench.errors import BenchError, did_you_mean
+from methods.registry import Method, Prefix, all_methods, all_prefixes, broken
 
 
 def table(what: str) -> Table:
@@ -23,7 +25,8 @@ def table(what: str) -> Table:
         "suites": _suites,
     }
     if what not in kinds:
-        raise BenchError(f"cannot list {what!r}{did_you_mean(what, kinds)}; one of: {', '.join(kinds)}")
+        near = did_you_mean(what, (*kinds, *_named()))
+        raise BenchError(f"cannot list {what!r}{near}; one of: {', '.join(kinds)}, or a method's name")
     out = Table.grid(padding=(0, 2, 0, 0))
     out.add_column(no_wrap=True, style="bold")  # what a user types stays in one piece
     out.add_column(overflow="fold")
@@ -32,19 +35,41 @@ def table(what: str) -> Table:
     return out
 
 
+def about(name: str) -> str | None:
+    """What a method's file says of it and of its options, as plain text; None where no method is called so."""
+    found = _named().get(name.partition(":")[0])
+    if found is None:
+        return None
+    make = found.build if isinstance(found, Method) else found.make
+    file = inspect.getmodule(make).__doc__ or ""
+    options = [inspect.cleandoc(text) for text in _said(found.options)]
+    parts = (f"{name} · {found.title}", inspect.cleandoc(file), _options(found.options), *options)
+    return "\n\n".join(filter(None, parts))
+
+
+def _named() -> dict[str, Method | Prefix]:
+    """The methods by each of their names."""
+    methods = {name: m for m in all_methods(whole=False).values() for name in (m.name, *m.aliases)}
+    return methods | all_prefixes()
+
+
+def _said(options: type) -> list[str]:
+    """The docstrings of an options class and of what it comes from, but those that dataclasses make up."""
+    classes = [each for each in options.__mro__ if dataclasses.is_dataclass(each)]
+    return [each.__doc__ for each in classes if each.__doc__ and not each.__doc__.startswith(f"{each.__name__}(")]
+
+
 def _dim(text: str) -> str:
     return f"[dim]{escape(text)}[/dim]" if text else ""
 
 
 def _methods() -> typing.Iterator[tuple[str, ...]]:
-    from methods.registry import all_methods, all_prefixes, broken
-
     for method in all_methods(whole=False).values():
         names = "\n= ".join((method.name, *method.aliases))
-        yield names, f"{method.title} · {method.family}", _dim(method.citation), _options(method.options)
+        yield names, f"{method.title} · {method.family}", _dim(method.citation), escape(_options(method.options))
     for prefix in all_prefixes().values():
         title = f"{prefix.title} · single-task PEFT"
-        yield f"{prefix.prefix}:NAME", title, _dim(prefix.citation), _options(prefix.options)
+        yield f"{prefix.prefix}:NAME", title, _dim(prefix.citation), escape(_options(prefix.options))
     for problem in broken():
         yield "[red]broken[/red]", f"[red]{escape(problem)}[/red]"
 
@@ -59,7 +84,7 @@ def _options(kind: type) -> str:
         value = field.metadata.get("default", value)  # in words, where the value itself says nothing
         default = "" if value is None else f"={value}"
         shown.append(field.name + default + (f" (or {', '.join(others)})" if others else ""))
-    return escape(f"[{', '.join(shown)}]") if shown else ""
+    return f"[{', '.join(shown)}]" if shown else ""
 
 
 def _backbones() -> typing.Iterator[tuple[str, ...]]:
