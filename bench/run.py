@@ -108,14 +108,9 @@ class _Cell:
 
     def accelerator(self) -> Accelerator:
         """A new one, for a loss scale of its own."""
-        from accelerate import Accelerator
+        from bench.measure import cuda
 
-        kind = self.spec.device_kind
-        mixed = self.spec.precision if self.spec.precision in ("bf16", "fp16") else "no"
-        made = Accelerator(mixed_precision=mixed, cpu=kind != "cuda")
-        if made.device.type != kind:  # figures of one device under the name of another
-            raise RuntimeError(f"accelerate chose {made.device} where {kind} was asked for")
-        return made
+        return cuda.accelerator(self.spec.precision, self.spec.device_kind == "cuda")
 
     def backbone(self) -> Backbone:
         from methods.backbones.load import load_backbone

@@ -39,7 +39,6 @@ class Answer(BaseModel):
 
 def answer(request: Request) -> Answer:
     import torch
-    from accelerate import Accelerator
 
     from bench.measure import cuda
     from bench.measure.profile import (
@@ -59,9 +58,8 @@ def answer(request: Request) -> Answer:
         (method,) = parse(request.method)  # every import before the limit
         if request.limit is not None:
             _limit(request.limit, request.cuda)
-        mixed = request.precision if request.precision in ("bf16", "fp16") else "no"
         cuda.set_up(request.precision)
-        accelerator = Accelerator(mixed_precision=mixed, cpu=not request.cuda)
+        accelerator = cuda.accelerator(request.precision, request.cuda)
         model = build_model(
             method,
             request.backbone,

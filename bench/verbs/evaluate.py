@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
@@ -66,8 +65,7 @@ def score(
     cuda.set_up(precision)
     if place.name:
         torch.cuda.set_device(place.index)
-    mixed = precision if precision in ("bf16", "fp16") else "no"
-    accelerator = Accelerator(mixed_precision=mixed, cpu=not place.name)
+    accelerator = cuda.accelerator(precision, bool(place.name))
     samples = DenseDataset(
         card,
         "val",

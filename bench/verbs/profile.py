@@ -82,7 +82,6 @@ def profile(
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
     import torch
-    from accelerate import Accelerator
 
     from bench.fitting import fitting
     from bench.measure import cuda
@@ -94,7 +93,6 @@ def profile(
     from methods.model import Setting
     from methods.registry import described
 
-    mixed = precision if precision in ("bf16", "fp16") else "no"
     if place.name:
         torch.cuda.set_device(place.index)
     cuda.set_up(precision)
@@ -104,7 +102,7 @@ def profile(
     for method in able:
         torch.manual_seed(0)
         model = build_model(method, backbone, channels, size, "random", protocol, memory=memory)
-        accelerator = Accelerator(mixed_precision=mixed, cpu=not place.name)  # a loss scale of its own
+        accelerator = cuda.accelerator(precision, bool(place.name))  # a loss scale of its own
         trainers[method.expression] = Trainer(model, chosen, batch_size, rounds + 1, accelerator)
     batch = synthetic_batch(channels, size, batch_size, accelerator.device)
     for name in list(trainers):

@@ -66,6 +66,7 @@ def test_what_libraries_say_at_the_limit_is_memory_on_a_gpu_alone(monkeypatch, c
         raise RuntimeError("GET was unable to find an engine to execute this computation")
 
     monkeypatch.setattr("methods.build.build_model", fails)
+    monkeypatch.setattr("bench.measure.cuda.accelerator", lambda *_: None)  # there may be no GPU
     found = probe.answer(request(batch_size, cuda=cuda, limit=None))
     assert not found.fits and (found.error == "") == memory
 
