@@ -11,18 +11,25 @@ from bench.errors import BenchError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, alone: bool = False) -> Iterator[Path]:
     """Where to write what becomes `path` when the block has ended well: readers see the old file or the new one, never
     half of one. Raises OSError; then nothing new is left.
+
+    `alone`: nobody else writes it at the same time, and what a writer that was killed has left is taken away.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # No process number: machines that share the folder may have the same ones.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    own = "" if alone else f"{uuid.uuid4().hex[:12]}."
+    temporary = path.with_name(f".{path.name}.{own}tmp")
+    if alone:
+        temporary.unlink(missing_ok=True)
     temporary.touch(exist_ok=False)
     mode = temporary.stat().st_mode  # as the user wants new files; safetensors' are their owner's alone
     try:
         yield temporary
-        temporary.chmod(mode)
+        with suppress(OSError):  # of file systems that have no modes
+            if temporary.stat().st_mode != mode:
+                temporary.chmod(mode)
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):

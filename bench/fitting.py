@@ -66,6 +66,9 @@ def on_each(
                     continue
                 found.setdefault(backbone, []).append(result)
                 served.add(method.expression)
+    sizes = [error for expression, error in refused if expression is None]
+    if sizes and not found:
+        raise sizes[0]
     for expression, error in refused:
         if expression not in served and not asks_for_all(methods):
             raise error

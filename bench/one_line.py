@@ -34,6 +34,6 @@ def one_line_errors(verb: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def say(console: Console, text: str, style: str = "") -> None:
+def say(console: Console, text: str, style: str = "", soft_wrap: bool = False) -> None:
     """Print plain text: a method expression's [brackets] are no markup."""
-    console.print(Text(text, style=style), highlight=False)
+    console.print(Text(text, style=style), highlight=False, soft_wrap=soft_wrap)

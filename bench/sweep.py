@@ -105,7 +105,7 @@ def on_other_data(jobs: Sequence[Job]) -> str:
     before, now = pairs[-1]
     known = before.provenance.data_contents if before.provenance else {}
     changed = [split for split, digits in now.data_contents.items() if known.get(split, digits) != digits]
-    what = f"files of {' and '.join(changed)}" if changed else "the card, the ids or what is in a file"
+    what = f"files or ids of {' and '.join(changed)}" if changed else "the card, the ids or what is in a file"
     return (
         f"{len(pairs)} of these cells {'is' if len(pairs) == 1 else 'are'} here on other data "
         f"({before.spec.data_fingerprint[:8]}, now {now.spec.data_fingerprint[:8]}: {what} changed); "

@@ -369,7 +369,7 @@ def test_a_cell_is_known_by_what_is_in_its_files(own, tmp_path):
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as archives and some copies set it back
     told = "1 of these cells is here on other data"
     warned = bench(*run, own, "--dry-run").stderr
-    assert told in warned and "files of train changed" in warned
+    assert told in warned and "files or ids of train changed" in warned
     assert told not in bench(*run, own, "--dry-run", "--eval-size", "original").stderr  # a new one anyway
     assert "done" in bench(*run, own).stdout and "kept" in (again := bench(*run, own)).stdout
     assert told not in again.stderr
@@ -463,7 +463,7 @@ def test_an_interrupt_before_anything_has_begun_has_no_traceback():
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
-@pytest.mark.parametrize("args", [("--help",), ("run", "--help"), ("list", "suites"), ("list", "nonsense")])
+@pytest.mark.parametrize("args", [("--help",), ("run", "--help"), ("list", "suites"), ("list", "recipes")])
 def test_torch_is_not_imported_for(args, tmp_path):
     done = process(*args, options=("-X", "importtime"), folder=tmp_path)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
@@ -505,6 +505,12 @@ def test_what_a_method_does_and_its_options_mean(name):
     options = [field.name for field in dataclasses.fields(configured.method.options)]
     assert options and all(f"`{option}`" in result.stdout for option in options)
     assert "Paper: " in result.stdout or name.startswith("peft:")
+
+
+@pytest.mark.parametrize("name", ["ours:foo", "peft:nonsense"])
+def test_what_is_no_method_is_refused(name):
+    result = bench("list", name)
+    assert result.exit_code == 2 and not result.stdout and len(result.stderr.strip().splitlines()) == 1
 
 
 def test_every_option_of_a_papers_method_is_described():

@@ -38,6 +38,18 @@ def test_what_fails_leaves_the_old_file_alone(tmp_path, error):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["record.json"]
 
 
+def test_what_a_killed_writer_left_does_not_pile_up(tmp_path):
+    """Of a checkpoint, say, which its cell alone writes."""
+    path = tmp_path / "checkpoint"
+    killed = [replacing(path, alone=True) for _ in range(3)]  # they never end
+    for writer in killed:
+        writer.__enter__().write_text("half")
+    assert len(os.listdir(tmp_path)) == 1
+    with replacing(path, alone=True) as temporary:
+        temporary.write_text("whole")
+    assert os.listdir(tmp_path) == ["checkpoint"] and path.read_text() == "whole"
+
+
 def test_writers_of_one_process_number_do_not_meet(tmp_path):
     """As in containers that share a folder."""
     path, failed = tmp_path / "sample", []

@@ -15,13 +15,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from bench.data import derived
 from bench.data.card import Keep, TaskCard
 from bench.errors import BenchError, first_line
 
 IGNORE = 255
+ORIENTATION = ExifTags.Base.Orientation
+TURNS = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
+), 2))  # fmt: skip
 
 
 def read_image(path: Path, upright: bool = False) -> np.ndarray:
@@ -148,8 +153,9 @@ def _read_raster(path: Path, mode: str | None, upright: bool = False) -> np.ndar
     try:
         with Image.open(path) as image:
             image.load()
-            if upright:
-                image = ImageOps.exif_transpose(image)
+            # Not by ImageOps.exif_transpose, which writes the tags back and stops at a damaged one.
+            if upright and (turn := TURNS.get(image.getexif().get(ORIENTATION))) is not None:
+                image = image.transpose(turn)
             # A palette image's values are its indices: only images proper are converted.
             return np.array(image.convert(mode) if mode else image)
     except FileNotFoundError as error:

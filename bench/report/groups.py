@@ -226,7 +226,8 @@ def _dated(group: Group, among: Sequence[Group]) -> Group:
     """With a mark where the same settings were run later on other data: a label was corrected since, say."""
 
     def last(of: Group) -> str:
-        return max((item.record.provenance.started for item in of.found if item.record.provenance), default="")
+        good = (item.record for item in of.found if item.record.status == "ok")
+        return max((record.provenance.started for record in good if record.provenance), default="")
 
     alike = [other for other in among if {**other.key, "data_fingerprint": group.spec.data_fingerprint} == group.key]
     newest = max(alike, key=last)

@@ -190,8 +190,9 @@ def report(
 
 def _tables_of(report: Path) -> set[str]:
     """The tables that an earlier report wrote beside it, by its own account."""
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        return {Path(name).name for name in json.loads(report.read_text(encoding="utf-8"))["files"]}
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        named = json.loads(report.read_text(encoding="utf-8"))["files"]
+        return {Path(name).name for name in named if name.endswith(".csv") and (report.parent / name).is_file()}
     return set()
 
 

@@ -316,7 +316,7 @@ def save_checkpoint(path: Path, trainer: Trainer, progress: Progress) -> None:
         about["scaler"] = trainer.accelerator.scaler.state_dict()
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        with replacing(path) as temporary:
+        with replacing(path, alone=True) as temporary:
             save_file(held, temporary, {"bench": json.dumps(about)})
     except (OSError, SafetensorError) as error:
         raise BenchError(f"cannot write checkpoint {path}: {error}") from error

@@ -35,7 +35,7 @@ def save_trained(model: MultiTaskModel, path: Path, size: tuple[int, int]) -> st
     known = all(math.isfinite(value) for values in answers.values() for value in values)
     about = {"size": size, "answers": answers} if known else {}
     try:
-        with replacing(path) as temporary:
+        with replacing(path, alone=True) as temporary:
             save_file(tensors, temporary, {"bench": json.dumps(about)})
     except (OSError, SafetensorError) as error:
         raise BenchError(f"cannot write {path}: {error}; --no-keep-weights does without") from error

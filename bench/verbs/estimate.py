@@ -74,7 +74,7 @@ def table(
     from bench.fitting import fitting
     from methods.backbones.load import full_name
     from methods.model import Setting
-    from methods.registry import MethodError
+    from methods.registry import MethodError, asks_for_all
 
     frames = [full_name(name.strip()) for name in backbones.split(",")]
     widest, told = card.channels(max(task_lists, key=len)), set()
@@ -86,8 +86,15 @@ def table(
                 tell(line)
             told.add(line)
 
-        for backbone, able in fitting(methods, frames, size, widest, Setting(protocol), once).items():
-            combinations += itertools.product([backbone], [size], able, uses, task_lists, batches)
+        try:
+            able = fitting(methods, frames, size, widest, Setting(protocol), once)
+        except (BenchError, MethodError) as error:
+            if size == sizes[-1] and not combinations or not asks_for_all(methods):
+                raise
+            once(f"left out: {error}")
+            continue
+        for backbone, chosen_methods in able.items():
+            combinations += itertools.product([backbone], [size], chosen_methods, uses, task_lists, batches)
     rows = []
     for backbone, size, method, use, chosen_tasks, batch in track(
         combinations, "estimating", transient=True, console=Console(stderr=True)

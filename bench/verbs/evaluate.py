@@ -165,13 +165,13 @@ def _other_data(trained: Trained, root: Path | None, console: Console) -> list[s
             if bad:
                 found.append(f"perhaps the {split} data, of which a part is not here: {bad[0]}")
             elif known.get(split, now) != now:
-                found.append(f"other files of {split} (contents {now}, not {known[split]})")
+                found.append(f"other files or ids of {split} (contents {now}, not {known[split]})")
     if found:
         return found
     if cards.fingerprint(card, names["train"], names["val"], spec.tasks, seen.contents) == spec.data_fingerprint:
         return []
     if known:
-        return ["the card or the ids are not those of the record"]
+        return ["the card is not that of the record, or ids are others with the same files"]
     return ["the card or the files are not those of the record, or it is from before their contents were compared"]
 
 

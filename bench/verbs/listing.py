@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
+from collections.abc import Callable, Iterator
 
 from rich.markup import escape
 from rich.table import Table
@@ -17,13 +18,7 @@ from methods.registry import Method, Prefix, all_methods, all_prefixes, broken
 
 def table(what: str) -> Table:
     """Methods, backbones, datasets, recipes or suites: each name beside what there is to say of it, a line a fact."""
-    kinds = {
-        "methods": _methods,
-        "backbones": _backbones,
-        "datasets": _datasets,
-        "recipes": _recipes,
-        "suites": _suites,
-    }
+    kinds = _kinds()
     if what not in kinds:
         near = did_you_mean(what, (*kinds, *_named()))
         raise BenchError(f"cannot list {what!r}{near}; one of: {', '.join(kinds)}, or a method's name")
@@ -35,12 +30,33 @@ def table(what: str) -> Table:
     return out
 
 
+def _kinds() -> dict[str, Callable[[], Iterator[tuple[str, ...]]]]:
+    return {
+        "methods": _methods,
+        "backbones": _backbones,
+        "datasets": _datasets,
+        "recipes": _recipes,
+        "suites": _suites,
+    }
+
+
 def about(name: str) -> str | None:
     """What a method's file says of it and of its options, as plain text; None where no method is called so."""
-    found = _named().get(name.partition(":")[0])
-    if found is None:
+    if name in _kinds():  # methods are imported, and torch with them, for the rest alone
         return None
-    make = found.build if isinstance(found, Method) else found.make
+    prefix, colon, rest = name.partition(":")
+    found = all_prefixes().get(prefix) if colon else _named().get(name)
+    if found is None:
+        problem = next((line for line in broken() if name in line), None)
+        if problem:
+            raise BenchError(problem)
+        return None
+    if isinstance(found, Prefix):
+        if rest not in ("", "NAME"):
+            found.make(rest)  # raises MethodError for a name that there is not
+        make = found.make
+    else:
+        make = found.build
     file = inspect.getmodule(make).__doc__ or ""
     options = [inspect.cleandoc(text) for text in _said(found.options)]
     parts = (f"{name} · {found.title}", inspect.cleandoc(file), _options(found.options), *options)
@@ -63,7 +79,7 @@ def _dim(text: str) -> str:
     return f"[dim]{escape(text)}[/dim]" if text else ""
 
 
-def _methods() -> typing.Iterator[tuple[str, ...]]:
+def _methods() -> Iterator[tuple[str, ...]]:
     for method in all_methods(whole=False).values():
         names = "\n= ".join((method.name, *method.aliases))
         yield names, f"{method.title} · {method.family}", _dim(method.citation), escape(_options(method.options))
@@ -87,7 +103,7 @@ def _options(kind: type) -> str:
     return f"[{', '.join(shown)}]" if shown else ""
 
 
-def _backbones() -> typing.Iterator[tuple[str, ...]]:
+def _backbones() -> Iterator[tuple[str, ...]]:
     from methods.backbones.load import SHORT_NAMES
 
     yield from SHORT_NAMES.items()
@@ -97,7 +113,7 @@ def _backbones() -> typing.Iterator[tuple[str, ...]]:
     yield "any other", "a timm features_only model with maps at strides 4, 8, 16, 32, e.g. tf_efficientnet_lite0"
 
 
-def _datasets() -> typing.Iterator[tuple[str, ...]]:
+def _datasets() -> Iterator[tuple[str, ...]]:
     for name in resources.names("datasets"):
         found = card.load(name)
         needs = "" if found.source == "scenes" else "; needs --data-root"
@@ -105,7 +121,7 @@ def _datasets() -> typing.Iterator[tuple[str, ...]]:
     yield "path/to/card.yaml", "your own; needs --data-root"
 
 
-def _recipes() -> typing.Iterator[tuple[str, ...]]:
+def _recipes() -> Iterator[tuple[str, ...]]:
     for name in resources.names("recipes"):
         r = recipe.load(name)
         rate = f"{r.optimizer.name} {r.rates}"
@@ -117,7 +133,7 @@ def _recipes() -> typing.Iterator[tuple[str, ...]]:
         yield name, r.title, _dim(r.source), f"{rate}, {r.schedule.name}, batch {r.batch_size}, {length}"
 
 
-def _suites() -> typing.Iterator[tuple[str, ...]]:
+def _suites() -> Iterator[tuple[str, ...]]:
     for name in resources.names("suites"):
         suite = grid.load_suite(name)
         where = suite.settings.backbone.replace(",", ", ")

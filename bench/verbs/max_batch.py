@@ -78,7 +78,14 @@ def table(
     from methods.model import Setting
 
     name, size = full_name(backbone), parse_size(image_size)
-    able = fitting(methods, [name], size, channels, Setting(protocol), partial(say, console))[name]
+    able = fitting(
+        methods,
+        [name],
+        size,
+        channels,
+        Setting(protocol),
+        partial(say, console, soft_wrap=True),
+    )[name]
     rows = []
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=console, transient=True) as progress:
         line = progress.add_task("")
@@ -102,8 +109,8 @@ def table(
                 row |= {"peak": answers[best].peak, "seconds": answers[best].seconds} if best else {}
                 row |= {"images a second": best / answers[best].seconds} if best else {}
             except BenchError as error:
-                fitting = max((batch for batch, answer in answers.items() if answer.fits), default=None)
-                found = f"; a batch of {fitting} had fit" if fitting else ""
+                had_fit = max((batch for batch, answer in answers.items() if answer.fits), default=None)
+                found = f"; a batch of {had_fit} had fit" if had_fit else ""
                 row |= {"reason": f"{error}{found}", "tries": len(answers)}
             rows.append(row)
     columns = ["method", "batch", "peak", "seconds", "images a second", "tries", "reason"]

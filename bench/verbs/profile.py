@@ -97,7 +97,8 @@ def profile(
         torch.cuda.set_device(place.index)
     cuda.set_up(precision)
     frame = full_name(backbone)
-    able = fitting(methods, [frame], size, channels, Setting(protocol), functools.partial(say, console))[frame]
+    tell_left_out = functools.partial(say, console, soft_wrap=True)
+    able = fitting(methods, [frame], size, channels, Setting(protocol), tell_left_out)[frame]
     trainers = {}
     for method in able:
         torch.manual_seed(0)

@@ -223,9 +223,10 @@ def test_a_table_of_data_that_were_corrected_since_says_so(tmp_path):
     run("01", data_fingerprint="new", method="mtlora")
     run("09", data_fingerprint="other", batch_size=4)
     run("", data_fingerprint="undated")
+    run("08", data_fingerprint="failed", status="failed")  # nothing was measured on these
     told = {g.spec.data_fingerprint: [mark for mark in g.marks if "OLDER" in mark] for g in groups(tmp_path)}
     mark = ["OLDER DATA: the same settings were run later on data new"]
-    assert told == {"0ld": mark, "new": [], "other": [], "undated": mark}
+    assert told == {"0ld": mark, "new": [], "other": [], "undated": mark, "failed": mark}
 
 
 def edges(out, method, figures, **changes):

@@ -135,17 +135,17 @@ def test_other_data_under_the_same_name_is_told(trained, tmp_path):
     args = ("evaluate", "--record", path, "--dataset", tmp_path / "small.yaml", "--data-root", tmp_path)
     for limit in (2, 3, 4):
         done = bench(*args, "--device", "cpu", "--limit-val", limit)
-        assert done.exit_code == 0 and "not as in the record: other files of val (contents" in done.output
-        assert "other files of train" not in done.output
+        assert done.exit_code == 0 and "not as in the record: other files or ids of val (contents" in done.output
+        assert "other files or ids of train" not in done.output
         assert ("at most" in done.output) == (limit == 2)
     (tmp_path / "a.png").unlink()  # of the training images
     done = bench(*args, "--device", "cpu")
     assert done.exit_code == 0 and "perhaps the train data, of which a part is not here" in done.output
-    assert "other files of val (contents" in done.output
+    assert "other files or ids of val (contents" in done.output
     (tmp_path / "train.txt").unlink()
     done = bench(*args, "--device", "cpu")
     assert done.exit_code == 0 and "perhaps the train data, of which a part is not here" in done.output
-    assert "other files of val (contents" in done.output
+    assert "other files or ids of val (contents" in done.output
 
 
 def test_a_changed_file_of_the_same_size_is_told(trained):
@@ -159,7 +159,7 @@ def test_a_changed_file_of_the_same_size_is_told(trained):
             assert label.stat().st_size == len(before)
             done = bench("evaluate", "--record", path, *card, "--device", "cpu")
             assert done.exit_code == 0
-            assert ("not as in the record: other files of val (contents" in done.output) == told
+            assert ("not as in the record: other files or ids of val (contents" in done.output) == told
             assert "warning: nothing but the figures differs" not in done.output
     finally:
         label.write_bytes(before)
