@@ -78,18 +78,18 @@ def table(
 
     frames = [full_name(name.strip()) for name in backbones.split(",")]
     widest, told = card.channels(max(task_lists, key=len)), set()
+
+    def once(line: str) -> None:
+        if line not in told:
+            tell(line)
+        told.add(line)
+
     combinations = []
     for size in sizes:  # before the minutes of work
-
-        def once(line: str) -> None:
-            if line not in told:
-                tell(line)
-            told.add(line)
-
         try:
             able = fitting(methods, frames, size, widest, Setting(protocol), once)
         except (BenchError, MethodError) as error:
-            if size == sizes[-1] and not combinations or not asks_for_all(methods):
+            if not asks_for_all(methods) or (size == sizes[-1] and not combinations):
                 raise
             once(f"left out: {error}")
             continue
