@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import get_args
 
 from torch import nn
 
 from methods.backbones.load import full_name, load_backbone, resolve_weights
+from methods.choices import DecoderName, MemoryUse, Protocol
 from methods.layers.checkpointing import checkpoint_activations
-from methods.model import DecoderName, MultiTaskModel, Protocol, Setting
+from methods.model import MultiTaskModel, Setting
 from methods.registry import Configured, MethodError, near, parse
-
-Memory = Literal["default", "low"]
 
 
 def build_model(
@@ -24,7 +23,7 @@ def build_model(
     weights: str = "auto",
     protocol: Protocol = "published",
     decoder: DecoderName | None = None,
-    memory: Memory = "default",
+    memory: MemoryUse = "default",
 ) -> MultiTaskModel:
     """image (B, 3, H, W) in [0, 1] -> {task: logits (B, channels, H, W)}, with only what the method trains unfrozen.
 
@@ -36,8 +35,12 @@ def build_model(
                reached, else random ones, with a warning
     memory     "low": activation checkpointing
 
-    The model stands in training mode, on the CPU. One whose `prepare` is not None (progressive adaptation) wants it
-    called before it trains; `trained_state` and `load_trained_state` are for checkpoints, `clip_groups` for clipping.
+    The model stands in training mode, on the CPU, and takes images of `image_size`. One whose `prepare` is not None
+    (progressive adaptation) wants it called before it trains, under DDP with the same batches on every rank.
+    `clip_groups` is for clipping, `trained_state` and `load_trained_state` for checkpoints: these hold what is trained
+    and belong to a model of the same expression and backbone weights, and of the same tasks in the same order, which
+    names and shapes cannot fully tell. Some methods have parameters that no loss reaches (`Method.unreached`); for them
+    DDP needs `find_unused_parameters=True`.
 
     Raises MethodError in one line for what is unknown or cannot be built.
     """
@@ -46,7 +49,7 @@ def build_model(
         if len(found) > 1:
             raise MethodError(f"{method!r} is {len(found)} methods; build_model makes one")
         (method,) = found
-    for given, known in ((protocol, Protocol), (decoder or "segformer", DecoderName), (memory, Memory)):
+    for given, known in ((protocol, Protocol), (decoder or "segformer", DecoderName), (memory, MemoryUse)):
         if given not in get_args(known):
             raise MethodError(f"{given!r} is none of {', '.join(get_args(known))}{near(given, get_args(known))}")
     if isinstance(image_size, int) or len(image_size) != 2:

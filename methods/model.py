@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.backbones.base import Backbone
+from methods.choices import DecoderName, Protocol
 
-Protocol = Literal["published", "equal"]
-DecoderName = Literal["segformer", "hrnet", "highres"]
 Prepare = Callable[[Iterable[Mapping[str, Tensor]]], dict[str, Any]]
 
 
@@ -126,10 +125,15 @@ class MultiTaskModel(nn.Module):
         """How often an image goes through a backbone to give all tasks' outputs; image (1, 3, H, W)."""
         was_training = self.training
         backbones = [module for module in self.modules() if isinstance(module, Backbone)]
-        before = sum(backbone.images_seen for backbone in backbones)
-        self.eval()(image, upsample=False)
-        self.train(was_training)
-        return sum(backbone.images_seen for backbone in backbones) - before
+        for backbone in backbones:
+            backbone.images_seen = 0
+        try:
+            self.eval()(image, upsample=False)
+            return sum(backbone.images_seen for backbone in backbones)
+        finally:
+            self.train(was_training)
+            for backbone in backbones:
+                backbone.images_seen = None
 
     def owners(self) -> dict[str, str | None]:
         """The task that a parameter belongs to, or None if tasks share it: all paths to it must name that task."""

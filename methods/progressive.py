@@ -79,6 +79,10 @@ class BlockLoRA(nn.Module):
         return x + backbone.out_of_mlp(block, updated("fc2", block.mlp.fc2, hidden))
 
 
+def _read_groups(encoder: ProgressiveEncoder, _: object) -> None:
+    encoder.read_groups()
+
+
 class ProgressiveEncoder(nn.Module):
     """`count` groups; `group_of_task` (K,) says which group each task is in."""
 
@@ -92,7 +96,8 @@ class ProgressiveEncoder(nn.Module):
         self.count = max(groups) + 1
         self.register_buffer("group_of_task", torch.tensor(groups, device="cpu"))  # part of the trained state
         self.groups = groups  # the same for the host, so that a GPU is not waited for
-        self.register_load_state_dict_post_hook(lambda encoder, _: encoder.read_groups())
+        self._read: tuple[Tensor | None, int] = None, 0  # buffer and version that they were read from
+        self.register_load_state_dict_post_hook(_read_groups)
 
         def stage(index: int, rank: int) -> nn.ModuleList:
             return nn.ModuleList(BlockLoRA(b, rank, options.scale) for b in backbone.stages[index])
@@ -102,9 +107,26 @@ class ProgressiveEncoder(nn.Module):
         self.per_task = nn.ModuleDict({task: stage(3, options.task_rank) for task in tasks})
 
     def read_groups(self) -> None:
-        self.groups = self.group_of_task.tolist()
+        self.groups, self._read = self.group_of_task.tolist(), (self.group_of_task, self._version())
+
+    def _version(self) -> int:
+        return -1 if self.group_of_task.is_inference() else self.group_of_task._version
+
+    def _follow_buffer(self) -> None:
+        """Read the groups anew where the buffer was moved, or written in place as a moving average of weights does; and
+        always where processes train together, since DDP's broadcast leaves no trace. A tracer has no values to read,
+        and keeps to what was read before."""
+        if torch.compiler.is_compiling():
+            return
+        held = self.group_of_task
+        if type(held) is not Tensor or held.is_meta:
+            return
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if together or self._read[0] is not held or self._read[1] != self._version():
+            self.read_groups()
 
     def forward(self, image: Tensor) -> Features:
+        self._follow_buffer()
         backbone = self.backbone
 
         def run(index: int, updates: nn.ModuleList, x: Tensor) -> Tensor:

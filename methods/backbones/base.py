@@ -36,13 +36,15 @@ class Backbone(nn.Module):
         self.strides: tuple[int, ...] = ()
         self.stem_channels = 0  # of `Pyramid.stem`, or of the first map where there is no stem
         self.pretrained_names: frozenset[str] = frozenset()
-        self.images_seen = 0
+        self.images_seen: int | None = None  # a number while passes are counted
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def normalise(self, image: Tensor) -> Tensor:
-        """The first thing that happens to an image; every pass is counted here."""
-        self.images_seen += len(image)
+        """The first thing that happens to an image. `MultiTaskModel.passes` has passes counted here, and nobody else:
+        a number that changes would have a compiled model made anew at each step."""
+        if self.images_seen is not None:
+            self.images_seen += len(image)
         return (image - self.mean) / self.std
 
     def forward(self, image: Tensor) -> Pyramid:

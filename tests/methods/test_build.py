@@ -72,3 +72,16 @@ def test_random_weights_are_never_silent(monkeypatch):
 def test_what_cannot_be_built(arguments, message):
     with pytest.raises(MethodError, match=message):
         build.build_model(*(arguments if len(arguments) > 3 else (*arguments, (64, 64), "random")))
+
+
+def test_a_compiled_model_is_made_once(build):
+    # Graphs of other models in this process count as well: the cache belongs to the code of `forward`, which all share.
+    torch._dynamo.reset()
+    model = build("ours").eval()
+    compiled, image = torch.compile(model, backend="eager"), torch.rand(1, 3, 64, 64)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            found = compiled(image)
+        for task, out in model(image).items():
+            torch.testing.assert_close(found[task], out)
+    assert model.passes(image) == 1 == model.passes(image)

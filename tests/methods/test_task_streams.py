@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -307,6 +309,62 @@ def test_groups_survive_a_checkpoint(build):
     first.encoder.group_of_task.copy_(torch.tensor([0, 1, 1, 0]))
     second.load_trained_state(first.trained_state())
     assert second.encoder.group_of_task.tolist() == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("way", ["written by another", "broadcast", "copied", "pickled", "moved"])
+def test_groups_follow_their_buffer_however_it_changes(build, way, monkeypatch):
+    """DDP and moving averages of weights write it in place; the model must run with what stands there."""
+    first = randomise(build("progressive[groups=2]")).eval()
+    image = torch.rand(1, 3, 64, 64)
+    before = first(image)
+    first.encoder.group_of_task.copy_(torch.tensor([0, 1, 1, 0]))
+    expected = first(image)
+    assert any((expected[task] != before[task]).any() for task in expected)
+    second = randomise(build("progressive[groups=2]")).eval()
+    if way == "written by another":
+        second(image)
+        for mine, theirs in zip(second.state_dict().values(), first.state_dict().values(), strict=True):
+            mine.copy_(theirs)
+    elif way == "broadcast":  # of which the buffer's version knows nothing
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        second(image)
+        for mine, theirs in zip(second.state_dict().values(), first.state_dict().values(), strict=True):
+            mine.data.copy_(theirs)
+    elif way == "copied":
+        second = copy.deepcopy(first)
+    elif way == "pickled":
+        second = pickle.loads(pickle.dumps(first))
+    else:
+        second = first.double().float()
+    assert second.encoder.group_of_task.tolist() == [0, 1, 1, 0]
+    for task, out in second(image).items():
+        torch.testing.assert_close(out, expected[task])
+    assert second.encoder.groups == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("way", ["compiled", "compiled before", "exported", "inference"])
+def test_a_tracer_has_the_groups_that_were_loaded(build, way):
+    torch._dynamo.reset()  # no graph of another test's model
+    first = randomise(build("progressive[groups=2]")).eval()
+    first.encoder.group_of_task.copy_(torch.tensor([0, 1, 1, 0]))
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = first(image)
+    second = randomise(build("progressive[groups=2]")).eval()
+    run = second
+    with torch.inference_mode() if way == "inference" else torch.no_grad():
+        if way == "compiled before":
+            run = torch.compile(second, backend="eager")
+            run(image)
+        if way == "inference":
+            run = second = randomise(build("progressive[groups=2]")).eval()
+        second.load_state_dict(first.state_dict())
+        if way == "compiled":
+            run = torch.compile(second, backend="eager", fullgraph=True)
+        if way == "exported":
+            run = torch.export.export(second, (image,), strict=False).module()
+        for task, out in run(image).items():
+            torch.testing.assert_close(out, expected[task])
 
 
 @pytest.mark.parametrize(("count", "expected"), [(1, [0, 0, 0, 0, 0]), (2, [0, 0, 1, 1, 1]), (5, [0, 1, 2, 3, 4])])
