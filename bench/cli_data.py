@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from bench import options
 from bench.data import card as cards
 from bench.data.card import Card
-from bench.errors import BenchError
 from bench.one_line import one_line_errors
 
 app = typer.Typer(help="Look at a dataset before training on it.", no_args_is_help=True)
@@ -67,14 +67,11 @@ def preview(
     from bench.data import preview
     from bench.data.loader import DenseDataset
     from bench.data.subset import evenly_spaced
-    from bench.errors import did_you_mean
-    from bench.grid import parse_size
 
-    if split not in ("train", "val"):
-        raise BenchError(f"unknown split {split!r}{did_you_mean(split, ('train', 'val'))}; one of: train, val")
+    options.one_of("split", split, ("train", "val"))
     card, root = _opened(dataset, data_root)
     changes = recipe.load(augment).augment if augment else None
-    size = parse_size(image_size) or card.image_size
+    size = options.image_size(image_size) if image_size else card.image_size
     samples = DenseDataset(
         card, split, _all_or(card, tasks), size, root, augment=changes, seed=seed,
         names=evenly_spaced(cards.ids(card, split, root), count),
@@ -97,10 +94,10 @@ def speed(
     """Training samples a second from one loader process, with each kind of --cache, side by side."""
     from bench import recipe as recipes
     from bench.data import speed
-    from bench.grid import parse_size
 
     card, root = _opened(dataset, data_root)
-    chosen, size = cards.choose_tasks(card, tasks), parse_size(image_size) or card.image_size
+    chosen = cards.choose_tasks(card, tasks)
+    size = options.image_size(image_size) if image_size else card.image_size
     console = Console()
     speed.show(speed.compare(card, root, chosen, size, recipes.load(recipe), count), count, console)
 

@@ -41,6 +41,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Raises BenchError where the folder cannot be written."""
     try:
         with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            # A file name that is not UTF-8 is told in escapes.
+            temporary.write_bytes(text.encode("utf-8", errors="backslashreplace"))
     except OSError as error:
         raise BenchError(f"cannot write {path}: {error.strerror}; choose another folder") from error

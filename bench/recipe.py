@@ -7,9 +7,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from bench import yamlfile
+from bench.errors import did_you_mean
+from bench.tasks import TASKS
 
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Strict(BaseModel):
@@ -25,8 +28,8 @@ class Optimizer(Strict):
     name: Literal["adamw", "adam", "sgd"]
     lr: Positive | None = None  # None where the recipe tunes it
     backbone_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     momentum: Fraction = 0.9  # sgd only
     base_batch_size: Annotated[int, Field(gt=0)] | None = None  # lr is quoted at this batch size and scales with it
     decay_one_dimensional: bool = True  # False exempts biases, norms and gates from weight decay
@@ -126,6 +129,13 @@ class Recipe(Strict):
     image_size: yamlfile.ImageSize | None = None  # else the dataset card's
     limit_train: Annotated[int, Field(gt=0)] | None = None
     limit_val: Annotated[int, Field(gt=0)] | None = None
+
+    @field_validator("loss_weights")
+    @classmethod
+    def _known(cls, weights: dict[str, float]) -> dict[str, float]:
+        if odd := set(weights) - set(TASKS):
+            raise ValueError(f"no task is called {min(odd)!r}{did_you_mean(min(odd), TASKS)}")
+        return weights
 
     @model_validator(mode="after")
     def _one_length(self) -> Recipe:

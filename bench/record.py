@@ -215,10 +215,12 @@ class Record(Part):
 def read(path: Path) -> Record:
     """Read one record. Raises BenchError in one line for a file that is no (whole) record of this schema."""
     try:
+        if path.exists() and not path.is_file():
+            raise BenchError(f"{path} is no file; take it out of the folder")
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BenchError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BenchError(
             f"{path} is no JSON, or half of it ({error}); if it was a record, delete it and run its cell again"
         ) from error

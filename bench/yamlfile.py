@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from bench import resources
-from bench.errors import BenchError, did_you_mean
+from bench.errors import BenchError, did_you_mean, first_line
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -54,9 +54,11 @@ def load(path: Path, model: type[M]) -> M:
         problem = str(getattr(error, "problem", error))
         hint = "; text with braces in it must be quoted" if "'{'" in problem or "'}'" in problem else ""
         raise BenchError(f"{path}{line}: not valid YAML: {problem}{hint}") from error
+    except Exception as error:  # a date of no calendar, a tag whose text is none of its kind: Python's own errors
+        raise BenchError(f"{path}: not valid YAML: {first_line(error)}") from error
     if not isinstance(data, dict):
         raise BenchError(f"{path}: expected a mapping of keys to values")
-    _refuse_duplicates(tree, path)
+    _refuse_duplicates(tree, path, set())
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -113,8 +115,11 @@ def _is_model(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _refuse_duplicates(node: yaml.Node | None, path: Path) -> None:
-    """YAML itself lets a later key silently replace an earlier one."""
+def _refuse_duplicates(node: yaml.Node | None, path: Path, done: set[int]) -> None:
+    """YAML itself lets a later key silently replace an earlier one. `done`: ids of nodes, which aliases share."""
+    if id(node) in done:
+        return
+    done.add(id(node))
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
         for key, value in node.value:
@@ -122,10 +127,10 @@ def _refuse_duplicates(node: yaml.Node | None, path: Path) -> None:
             if key.value in seen:
                 raise BenchError(f"{path}:{line}: key {key.value!r} stands here and in line {seen[key.value]}")
             seen[key.value] = line
-            _refuse_duplicates(value, path)
+            _refuse_duplicates(value, path, done)
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
-            _refuse_duplicates(value, path)
+            _refuse_duplicates(value, path, done)
 
 
 def _line(node: yaml.Node | None, loc: tuple) -> int:

@@ -75,3 +75,8 @@ def test_a_folder_that_cannot_be_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BenchError, match="cannot write .*file/record.json: .*; choose another folder"):
         write_atomically(tmp_path / "file" / "record.json", "{}")
+
+
+def test_a_name_that_is_no_utf8_is_told_in_escapes(tmp_path):
+    write_atomically(tmp_path / "a", "file \udcff.json")
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "file \\udcff.json"

@@ -9,14 +9,21 @@ from rich.console import Console
 
 from bench import grid
 from bench.data import card as cards
+from bench.device import Device
 from bench.fitting import fitting
-from bench.grid import Device
+from bench.step import asked
 from bench.verbs import count, estimate, max_batch, profile
 from methods.model import Setting
 from methods.registry import MethodError, all_methods
 
 SWIN, RESNET = "swin_tiny_patch4_window7_224.ms_in1k", "resnet18.a1_in1k"
 CHANNELS = cards.load("scenes").channels(("semseg", "depth"))
+
+STEP = {
+    "dataset": "scenes", "tasks": "semseg", "protocol": "published", "decoder": None, "recipe": "smoke",
+    "precision": "fp32",
+}  # fmt: skip
+ONE = {"task_counts": None, "batch_sizes": "1", "losses_together": False, "gpu": None}
 
 
 def of(methods, backbones, size=(64, 64)):
@@ -57,9 +64,14 @@ def test_every_verb_has_the_same_rule(methods, backbones):
 
     def estimated(tell):
         table = estimate.table(
-            methods, backbones, "scenes", "semseg,normals", None, "published", "smoke", "64", "1", "fp32", "default",
-            False, None, tell,
-        )  # fmt: skip
+            methods,
+            backbones,
+            **STEP | {"tasks": "semseg,normals"},
+            image_sizes="64",
+            memory="default",
+            **ONE,
+            tell=tell,
+        )
         return list(zip(table["method"], table["backbone"], strict=True))
 
     outcomes = []
@@ -76,22 +88,26 @@ def test_every_verb_has_the_same_rule(methods, backbones):
 def test_a_size_that_no_backbone_takes_costs_no_other_size():
     heard = []
     few = "all," + ",".join(f"-{name}" for name in all_methods() if name not in ("bitfit", "decoder_only"))
-    wanted = ("vit_small_patch14_dinov2", "scenes", "semseg", None, "equal", "smoke")
-    rest = ("1", "fp32", "default", False, None, heard.append)
-    table = estimate.table(few, *wanted, "56,100", *rest)
-    assert set(table["image_size"]) == {"56x56"} and len(heard) == 1 and "100x100" in heard[0]
+
+    def table(methods, sizes):
+        return estimate.table(
+            methods, "vit_small_patch14_dinov2", **STEP, image_sizes=sizes, memory="default", **ONE, tell=heard.append
+        )
+
+    found = table(few, "56,100")
+    assert set(found["image_size"]) == {"56x56"} and len(heard) == 1 and "100x100" in heard[0]
     for sizes, methods in (("100", few), ("100,101", few), ("56,100", "bitfit")):
         with pytest.raises(MethodError, match="cannot take images of 10"):
-            estimate.table(methods, *wanted, sizes, *rest)
+            table(methods, sizes)
 
 
 def test_what_is_timed_or_fitted_on_one_backbone_too(capsys, monkeypatch):
     console = Console()
     monkeypatch.setattr(max_batch, "_ask", lambda request, place: pytest.fail(request.method))
-    common = ("resnet18", "scenes", "semseg,normals", "published", "smoke", "64")
+    step = asked(backbone="resnet18", **STEP | {"tasks": "semseg,normals"}, image_size="64", memory="default")
     few = "all,-single_task_full,-multi_task_full,-decoder_only,-ours"
-    found = profile.profile(few, *common, 1, "fp32", "default", Device("cpu"), 1, console)
+    found = profile.profile(few, step, 1, Device("cpu"), 1, console)
     assert [each.name for each in found][:-1] == ["bitfit"]
     assert any(line.startswith("left out: mtlora needs") for line in capsys.readouterr().out.splitlines())
     with pytest.raises(MethodError, match="mtlora needs"):
-        max_batch.table("mtlora", *common, "fp32", "default", Device("cpu"), 2**30, console)
+        max_batch.table("mtlora", step, Device("cpu"), 2**30, console)

@@ -150,3 +150,18 @@ def test_scan_yields_what_it_can_read_and_a_line_for_the_rest(record, tmp_path):
 @pytest.mark.parametrize("samples, median", [([3.0], 3.0), ([9.0, 1.0, 2.0], 2.0), ([4.0, 1.0, 2.0, 9.0], 3.0)])
 def test_the_median_of_the_samples(samples, median):
     assert Time(device="cpu", warmup=0, samples=samples, batch_size=1).median == median
+
+
+@pytest.mark.parametrize("damage", ["task", "nested", "pipe"])
+def test_one_odd_file_costs_no_other_record(record, tmp_path, damage):
+    good, path = record.write(tmp_path), tmp_path / "odd.json"
+    if damage == "task":
+        tree = json.loads(good.read_text())
+        tree["spec"]["tasks"] = ["depth", "flow"]
+        path.write_text(json.dumps(tree))
+    elif damage == "nested":
+        path.write_text("[" * 100_000)
+    else:
+        os.mkfifo(path)
+    first, second = sorted(records.scan(tmp_path), key=lambda found: isinstance(found, BenchError))
+    assert first.record == record and "odd.json" in str(second) and "\n" not in str(second)

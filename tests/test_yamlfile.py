@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
 import yaml
 
-from bench import grid, resources, yamlfile
 from bench import recipe as recipes
+from bench import resources, suite, yamlfile
 from bench.data import card as cards
 from bench.data.card import Card
 from bench.errors import BenchError
@@ -84,7 +85,7 @@ def test_a_misspelt_key_below_a_task_of_a_card(tmp_path):
 
 def test_a_misspelt_key_of_a_suites_settings(tmp_path):
     text = "title: A suite\nsettings:\n  methods: ours\n  backbon: swin_tiny\n"
-    message = complaint(tmp_path, text, grid.Suite)
+    message = complaint(tmp_path, text, suite.Suite)
     assert message.startswith(":4: unknown key 'settings.backbon' (did you mean 'backbone'?)")
 
 
@@ -122,7 +123,7 @@ def test_what_only_the_whole_card_shows_names_its_line_too(tmp_path, old, new, l
 
 @pytest.mark.parametrize("key", ["data_root", "data-root", "device", "keep_weights"])
 def test_a_suite_is_of_no_machine(tmp_path, key):
-    message = complaint(tmp_path, f"title: A suite\nsettings:\n  methods: ours\n  {key}: x\n", grid.Suite)
+    message = complaint(tmp_path, f"title: A suite\nsettings:\n  methods: ours\n  {key}: x\n", suite.Suite)
     assert message == f":4: settings.{key}: is of one machine or one run: give --{key.replace('_', '-')} to `bench run`"
 
 
@@ -186,7 +187,7 @@ def test_find_knows_names_and_paths(tmp_path, kind):
         yamlfile.find(kind, str(tmp_path / "none.yaml"))
 
 
-LOADERS = {"datasets": cards.load, "recipes": recipes.load, "suites": grid.load_suite}
+LOADERS = {"datasets": cards.load, "recipes": recipes.load, "suites": suite.load_suite}
 
 
 @pytest.mark.parametrize("kind, name", [(kind, name) for kind in LOADERS for name in resources.names(kind)])
@@ -207,5 +208,33 @@ def test_a_shipped_cards_name_is_its_files_name(name):
 
 @pytest.mark.parametrize("name", resources.names("suites"))
 def test_a_shipped_suites_settings_name_things_that_exist(name):
-    settings = grid.load_suite(name).settings
+    settings = suite.load_suite(name).settings
     assert settings.recipe in resources.names("recipes") and settings.dataset in resources.names("datasets")
+
+
+@pytest.mark.parametrize(
+    "value", ["2024-02-30", "!!int abc", "!!bool abc", "!!timestamp abc", "&x [*x]", "[" * 3000, "9" * 5000]
+)
+def test_what_python_cannot_make_of_a_value_is_one_line(tmp_path, value):
+    message = complaint(tmp_path, RECIPE.replace("A recipe", value))
+    assert "\n" not in message and len(message) < 400
+
+
+def test_aliases_of_aliases_are_looked_at_once(tmp_path):
+    """Else nine to the power of their number."""
+    lines = ["a: &a [x]"] + [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in itertools.pairwise("abcdefghijkl")]
+    assert "unknown key 'a'" in complaint(tmp_path, RECIPE + "\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("lr: 0.1", "lr: .inf"),
+        ("depth: 1", "depth: .inf"),
+        ("depth: 1", "depht: 1"),
+        ("lr: 0.1", "lr: 0.1, betas: [1, 1]"),
+    ],
+)
+def test_values_that_train_nothing_are_refused(tmp_path, old, new):
+    text = RECIPE.replace(old, new.replace(", ", "\n  ", 1) if "betas" in new else new)
+    assert text != RECIPE and complaint(tmp_path, text)

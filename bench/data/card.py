@@ -35,6 +35,9 @@ def _as_tuple(value: object) -> object:
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
+MOST_SCENES = 1_000_000
+
+
 class Keep(BaseModel):
     """Which pixels have a label: those where another class map has one of these values."""
 
@@ -79,7 +82,7 @@ class TaskCard(BaseModel):
     subtract: int = 0
     threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
     keep: Keep | None = None
-    scale: Annotated[float, Field(gt=0)] = 1.0
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     tolerance: Annotated[float, Field(gt=0, le=0.1)] = EDGE_TOLERANCE
 
     @model_validator(mode="after")
@@ -170,6 +173,8 @@ class Card(BaseModel):
             if isinstance(value, int) != (self.source == "scenes"):
                 expected = "a number of scenes" if self.source == "scenes" else "the path of a list of ids"
                 raise ValueError(f"splits.{split} must be {expected} where source is {self.source}")
+            if isinstance(value, int) and not 1 <= value <= MOST_SCENES:
+                raise ValueError(f"splits.{split} must be a number of scenes from 1 to {MOST_SCENES}")
             if isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
                 raise ValueError(f"splits.{split}: {value!r} must stay below the data root")
         return self

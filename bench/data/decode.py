@@ -66,8 +66,12 @@ def read_label(
 
 def _read_array(path: Path, key: str, mode: str | None) -> np.ndarray:
     if path.suffix == ".mat":
-        return _read_mat(path, key)
-    return _read_npy(path) if path.suffix == ".npy" else _read_raster(path, mode)
+        raw = _read_mat(path, key)
+    else:
+        raw = _read_npy(path) if path.suffix == ".npy" else _read_raster(path, mode)
+    if raw.dtype.kind not in "biuf":
+        raise BenchError(f"{path}: expected real numbers, found values of type {raw.dtype}")
+    return raw
 
 
 def _read_mat(path: Path, key: str) -> np.ndarray:
@@ -156,6 +160,8 @@ def _read_raster(path: Path, mode: str | None, upright: bool = False) -> np.ndar
             # Not by ImageOps.exif_transpose, which writes the tags back and stops at a damaged one.
             if upright and (turn := TURNS.get(image.getexif().get(ORIENTATION))) is not None:
                 image = image.transpose(turn)
+            if mode and image.mode.startswith(("I", "F")):  # Pillow would cut its values off at 255
+                raise ValueError(f"its values are wider than 8 bits (mode {image.mode}); save it with 8 bits a channel")
             # A palette image's values are its indices: only images proper are converted.
             return np.array(image.convert(mode) if mode else image)
     except FileNotFoundError as error:
@@ -169,7 +175,10 @@ def _read_raster(path: Path, mode: str | None, upright: bool = False) -> np.ndar
 
 def _read_npy(path: Path) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False)
+        found = np.load(path, allow_pickle=False)
+        if not isinstance(found, np.ndarray):
+            raise ValueError("it holds several arrays, as .npz does")
+        return found
     except FileNotFoundError as error:
         raise BenchError(f"missing file {path}") from error
     except Exception as error:  # a damaged header is parsed as Python, and fails in all its ways
@@ -208,6 +217,9 @@ def _binary(raw: np.ndarray, card: TaskCard, path: Path) -> np.ndarray:
 def _normals(raw: np.ndarray, path: Path) -> np.ndarray:
     if raw.ndim != 3 or raw.shape[2] != 3:
         raise BenchError(f"{path}: expected normals of shape (H, W, 3), found {raw.shape}")
+    # Vectors of whole numbers are stored as integers by MATLAB.
+    if raw.dtype.kind in "iu" and raw.dtype != np.uint8 and ((raw > 1) | (raw < -1)).any():
+        raise BenchError(f"{path}: normals are colours in uint8 or vectors in floating point, not {raw.dtype}")
     vectors = raw.astype(np.float32)
     if raw.dtype == np.uint8:
         vectors = vectors * (2 / 255) - 1

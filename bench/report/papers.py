@@ -14,12 +14,12 @@ from rich.markup import escape
 
 from bench.errors import BenchError, did_you_mean
 from bench.files import write_atomically
-from bench.grid import load_suite
 from bench.one_line import errors, say
 from bench.record import Record
 from bench.report import latex, published, render, tables
 from bench.report.groups import Group, by_one_metric, collect, groups
 from bench.report.sheets import MISSING, Cell, Letters, Line, Sheet, signed, three, two
+from bench.suite import load_suite
 from bench.tasks import TASKS
 
 ROW, BACKBONE, PRETRAINING, HEADING, MEASURED, PRINTED = (

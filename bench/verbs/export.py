@@ -26,6 +26,7 @@ from bench.verbs.predict import network_input
 from bench.verbs.trained import Trained
 from methods.registry import described
 
+FILES = ("record.trained.safetensors", "README.md", "model.pt2")  # beside record.json
 TOLERANCE = 1e-3  # of the largest output of a task
 
 
@@ -41,9 +42,12 @@ def export(trained: Trained, out: Path, images: Sequence[Path], console: Console
     samples, which = _samples(images, spec.image_size)
     model = trained.model
     model.requires_grad_(False)
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(trained.path, out / "record.json")
-    shutil.copyfile(trained_weights(trained.path), trained_weights(out / "record.json"))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(trained.path, out / "record.json")
+        shutil.copyfile(trained_weights(trained.path), trained_weights(out / "record.json"))
+    except OSError as error:
+        raise BenchError(f"cannot write to {out}: {error.strerror}; choose another folder with --out") from error
     try:
         # Of a model that it cannot trace, torch prints the whole graph beside the error.
         with torch.no_grad(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
@@ -64,6 +68,11 @@ def export(trained: Trained, out: Path, images: Sequence[Path], console: Console
 
 def _refuse_another(out: Path, trained: Trained) -> None:
     kept, mine = out / "record.json", trained.record.path(Path())
+    if kept.exists() and kept.samefile(trained.path):
+        raise BenchError(f"{out} is the folder that the record lies in: name a new folder with --out")
+    foreign = [name for name in FILES if (out / name).exists()] if not kept.exists() else []
+    if foreign:
+        raise BenchError(f"{out} has a {foreign[0]} that no export made: name a new folder with --out")
     try:
         there = read(kept).path(Path()) if kept.is_file() else mine
     except BenchError:

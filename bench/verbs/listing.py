@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from rich.markup import escape
 from rich.table import Table
 
-from bench import grid, recipe, resources
+from bench import recipe, resources
 from bench.data import card
 from bench.errors import BenchError, did_you_mean
+from bench.suite import load_suite
 from methods.registry import Method, Prefix, all_methods, all_prefixes, broken
 
 
@@ -135,6 +136,6 @@ def _recipes() -> Iterator[tuple[str, ...]]:
 
 def _suites() -> Iterator[tuple[str, ...]]:
     for name in resources.names("suites"):
-        suite = grid.load_suite(name)
+        suite = load_suite(name)
         where = suite.settings.backbone.replace(",", ", ")
         yield name, suite.title, _dim(suite.source), escape(f"{suite.settings.methods} on {where}")

@@ -282,3 +282,8 @@ def test_a_misspelt_task_is_named_with_its_own_line(tmp_path):
     )
     with pytest.raises(BenchError, match=r"card\.yaml:8: tasks\.salency: .*did you mean 'saliency'"):
         cards.load(str(path))
+
+
+@pytest.mark.parametrize("splits", [{"train": 0, "val": 4}, {"train": 4, "val": -1}, {"train": 10**20, "val": 4}])
+def test_a_number_of_scenes_has_bounds(tmp_path, splits):
+    assert "must be a number of scenes from 1 to" in refusal(tmp_path, source="scenes", splits=splits)

@@ -192,3 +192,40 @@ def test_a_pickle_is_never_loaded(tmp_path):
         with pytest.raises(BenchError, match="cannot read array") as error:
             decode.read_label("depth", PLAIN, tmp_path / f"{name}.npy")
         assert "allow_pickle" not in str(error.value)  # numpy's advice to load it all the same
+
+
+@pytest.mark.parametrize("values", [np.arange(24, dtype=np.uint16) * 900, np.full(24, 0.5, np.float32)])
+def test_an_image_of_more_than_eight_bits_is_refused_and_not_cut_off(tmp_path, values):
+    path = png(tmp_path / "a.tif", values.reshape(4, 6))
+    with pytest.raises(BenchError, match="values are wider than 8 bits") as error:
+        decode.read_image(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint16, np.int8])
+def test_normals_in_whole_numbers_are_colours_of_eight_bits_alone(tmp_path, kind):
+    with pytest.raises(BenchError, match=f"not {np.dtype(kind)}"):
+        decode.read_label("normals", PLAIN, npy(tmp_path / "a.npy", np.full((4, 6, 3), 128).astype(kind)))
+    vectors = npy(tmp_path / "b.npy", np.array([[[0, 0, -1]]], np.int8))  # as MATLAB stores them
+    np.testing.assert_array_equal(decode.read_label("normals", PLAIN, vectors), [[[0, 0, -1]]])
+
+
+@pytest.mark.parametrize("task", ["semseg", "saliency", "depth", "normals", "edge"])
+@pytest.mark.parametrize("kind", ["<U3", "M8[s]", np.complex64])
+def test_labels_are_real_numbers(tmp_path, task, kind):
+    raw = np.zeros((4, 6, 3) if task == "normals" else (4, 6), kind)
+    with pytest.raises(BenchError, match="expected real numbers"):
+        decode.read_label(task, THREE, npy(tmp_path / "a.npy", raw))
+
+
+def test_a_class_map_for_boundaries_too(tmp_path):
+    path = npy(tmp_path / "a.npy", np.zeros((4, 6), "<U1"))
+    with pytest.raises(BenchError, match="expected real numbers"):
+        decode.read_label("edge", TaskCard(rule="boundaries"), path)
+
+
+def test_several_arrays_under_the_name_of_one_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", np.ones((4, 6)), np.ones((4, 6)))
+    path = (tmp_path / "a.npz").rename(tmp_path / "a.npy")
+    with pytest.raises(BenchError, match="several arrays"):
+        decode.read_label("depth", PLAIN, path)

@@ -291,6 +291,29 @@ def test_an_export_of_another_cell_is_not_overwritten(cell, image, tmp_path):
     assert run(second, tmp_path / "other").exit_code == 0
 
 
+def test_an_export_overwrites_nothing_that_is_not_its_own(cell, tmp_path):
+    path, _ = cell()
+
+    def run(out):
+        return CliRunner().invoke(app, ["export", "--record", str(path), "--out", str(out)])
+
+    mine = tmp_path / "mine" / "README.md"
+    mine.parent.mkdir()
+    mine.write_text("MINE")
+    before = path.read_bytes()
+    alias = tmp_path / "alias"
+    alias.mkdir()
+    (alias / "record.json").symlink_to(path)
+    for out, expected in (
+        (mine.parent, "has a README.md that no export made"),
+        (mine, "cannot write to"),
+        (alias, "the folder that the record lies in"),
+    ):
+        done = run(out)
+        assert done.exit_code == 2 and expected in " ".join(done.output.split()), done.output
+    assert mine.read_text() == "MINE" and path.read_bytes() == before
+
+
 def test_an_export_that_answers_differently_is_refused(cell):
     _, model = cell()
 
