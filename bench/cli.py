@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from rich.console import Console
@@ -24,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cli_data.app, name="data")
+DECODER = Annotated[str | None, typer.Option(help="segformer, hrnet or highres, in place of the protocol's choice.")]
 
 
 @app.command()
@@ -48,9 +49,7 @@ def run(
     protocol: Annotated[
         str | None, typer.Option(help="published: each paper's own decoder; equal: one for all. (default: published)")
     ] = None,
-    decoder: Annotated[
-        str | None, typer.Option(help="segformer, hrnet or highres, in place of the protocol's choice.")
-    ] = None,
+    decoder: DECODER = None,
     recipe: Annotated[
         str | None, typer.Option(help="A recipe's name or a path to a YAML file. (default: quick)")
     ] = None,
@@ -292,18 +291,23 @@ def count(
     backbone: Annotated[str, typer.Option(help="Short or timm names, comma-separated.")] = "swin_tiny",
     dataset: Annotated[str, typer.Option(help="A card's name or path: its tasks are counted.")] = "scenes",
     tasks: Annotated[str | None, typer.Option(help="Comma-separated subset of the card's tasks.")] = None,
+    decoder: DECODER = None,
     image_size: Annotated[str, typer.Option(help="448, or HEIGHTxWIDTH.")] = "448",
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a markdown table.")] = False,
 ) -> None:
     """Trainable parameters under both protocols and backbone passes, in seconds: no data, weights or GPU."""
-    from bench.grid import parse_size
+    from bench import options
     from bench.verbs import count
+    from methods.choices import DecoderName
 
-    table = count.counts(methods, backbone, dataset, tasks, parse_size(image_size), errors.print)
+    if decoder is not None:
+        options.one_of("decoder", decoder, get_args(DecoderName))
+    size = options.image_size(image_size)
+    table = count.counts(methods, backbone, dataset, tasks, size, errors.print, decoder)
     if markdown:
         print(count.markdown(table))
     else:
-        count.show(table, Console())
+        count.show(table, Console(), decoder)
 
 
 @app.command()
@@ -318,6 +322,7 @@ def estimate(
         str | None, typer.Option(help="e.g. 1,2,4: with the first so many of the card's tasks each.")
     ] = None,
     protocol: Annotated[str, typer.Option(help="published or equal.")] = "published",
+    decoder: DECODER = None,
     recipe: Annotated[str, typer.Option(help="For optimizer and clipping.")] = "bdta",
     image_size: Annotated[str, typer.Option(help="448, or HEIGHTxWIDTH; several, comma-separated.")] = "448",
     batch_size: Annotated[str, typer.Option(help="One, or several, comma-separated.")] = "8",
@@ -350,8 +355,9 @@ def estimate(
         Console().print(f"{filled} {'record' if filled == 1 else 'records'} filled in")
         return
     table = estimate.table(
-        methods, backbone, dataset, tasks, task_counts, protocol, recipe, image_size, batch_size, precision, memory,
-        losses_together, gpu, errors.print,
+        methods, backbone, dataset=dataset, tasks=tasks, task_counts=task_counts, image_sizes=image_size,
+        batch_sizes=batch_size, memory=memory, losses_together=losses_together, gpu=gpu, tell=errors.print,
+        protocol=protocol, decoder=decoder, recipe=recipe, precision=precision,
     )  # fmt: skip
     if save:
         write_atomically(save, table.to_csv(index=False))
@@ -371,6 +377,7 @@ def profile(
     dataset: Annotated[str, typer.Option(help="A card's name or path: its tasks are trained.")] = "scenes",
     tasks: Annotated[str | None, typer.Option(help="Comma-separated subset of the card's tasks.")] = None,
     protocol: Annotated[str, typer.Option(help="published or equal.")] = "published",
+    decoder: DECODER = None,
     recipe: Annotated[str, typer.Option(help="For optimizer and clipping.")] = "bdta",
     image_size: Annotated[str, typer.Option(help="448, or HEIGHTxWIDTH.")] = "448",
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
@@ -392,13 +399,19 @@ def profile(
     save: Annotated[Path | None, typer.Option(help="A CSV file for the figures.")] = None,
 ) -> None:
     """Seconds a batch of several methods side by side, their steps interleaved, and the ratios between them."""
-    from bench import grid
+    from bench import options
+    from bench import step as steps
+    from bench.device import resolve_device
     from bench.measure import gpu_state
-    from bench.verbs import estimate, max_batch
+    from bench.verbs import max_batch
     from bench.verbs import profile as profiles
 
     console = Console()
-    place = grid.resolve_device(device, precision)
+    asked = steps.asked(
+        backbone=backbone, dataset=dataset, tasks=tasks, protocol=protocol, decoder=decoder, recipe=recipe,
+        image_size=image_size, precision=precision, memory=memory,
+    )  # fmt: skip
+    place = resolve_device(device, precision)
     if place.uuid and not shared_gpu:
         gpu_state.refuse_company(place.uuid, place.name)
     if memory_limit and not find_max_batch:
@@ -406,15 +419,11 @@ def profile(
     if operators and find_max_batch:
         raise BenchError("--operators and --find-max-batch are two questions: ask for one of them at a time")
     if find_max_batch:
-        limit = estimate.parse_gpu(memory_limit, "memory-limit") if memory_limit else None
-        found = max_batch.table(
-            methods, backbone, dataset, tasks, protocol, recipe, image_size, precision, memory, place, limit,
-            Console(stderr=True),
-        )  # fmt: skip
+        limit = options.memory_size("memory-limit", memory_limit) if memory_limit else None
+        found = max_batch.table(methods, asked, place, limit, Console(stderr=True))
         if save:
             write_atomically(save, found.to_csv(index=False))
-        heading = profiles.heading(backbone, image_size, None, precision, memory, place)
-        max_batch.show(found, heading, place, limit, console)
+        max_batch.show(found, profiles.heading(asked, None, place), place, limit, console)
         return
     failed: list[str] = []
 
@@ -422,15 +431,11 @@ def profile(
         failed.append(line)
         errors.print(escape(line))
 
-    found = profiles.profile(
-        methods, backbone, dataset, tasks, protocol, recipe, image_size, batch_size, precision, memory, place, rounds,
-        Console(stderr=True), operators > 0, leave_out,
-    )  # fmt: skip
+    found = profiles.profile(methods, asked, batch_size, place, rounds, Console(stderr=True), operators > 0, leave_out)
     table = profiles.figures(found, reference)
     if save:
         write_atomically(save, table.to_csv(index=False))
-    heading = profiles.heading(backbone, image_size, batch_size, precision, memory, place)
-    profiles.show(table, heading, rounds, console)
+    profiles.show(table, profiles.heading(asked, batch_size, place), rounds, console)
     if operators:
         profiles.show_operators(found, operators, bool(place.name), console)
     if failed:
@@ -495,10 +500,10 @@ def predict(
     ] = None,
 ) -> None:
     """Every task's prediction for images, in colours and as arrays, from a trained cell."""
-    from bench import grid
+    from bench.device import resolve_device
     from bench.verbs import trained
 
-    place = grid.resolve_device(device, "fp32")
+    place = resolve_device(device, "fp32")
     cell = trained.load(record, folder, weights, dataset)
 
     import torch
@@ -529,17 +534,16 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
 ) -> None:
     """A trained cell's metrics on its validation images again: elsewhere, by today's code, or at original size."""
-    from typing import get_args
-
-    from bench import grid
+    from bench import options
+    from bench.device import resolve_device
     from bench.spec import EvalSize
     from bench.verbs import trained
 
     if eval_size is not None:
-        grid.one_of("eval-size", eval_size, get_args(EvalSize))
+        options.one_of("eval-size", eval_size, get_args(EvalSize))
     if out is not None and out.exists():
         raise BenchError(f"--out {out} is there already: nothing is overwritten; name a new file")
-    place = grid.resolve_device(device, "fp32")
+    place = resolve_device(device, "fp32")
     cell = trained.load(record, folder, weights, dataset)
 
     from bench.verbs import evaluate

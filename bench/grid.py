@@ -2,91 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
-import re
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
-
+from bench import options
 from bench import recipe as recipes
-from bench import yamlfile
 from bench.data import card as cards
 from bench.data import subset
 from bench.data.card import Card
 from bench.data.check import digits
 from bench.data.verify import examine
-from bench.errors import BenchError, did_you_mean
+from bench.device import Device, resolve_device
+from bench.errors import BenchError
 from bench.measure import gpu_state, provenance
-from bench.spec import EvalSize, Job, MemoryUse, Precision, Protocol, RunSpec
-
-Positive = Annotated[int, Field(gt=0)]
-# Options of `bench run` that no suite has.
-OF_ONE_RUN = (
-    "cache", "data-root", "device", "dry-run", "estimate", "no-estimate", "fresh", "keep-weights", "no-keep-weights",
-    "out", "probe-gradients", "retry", "shared-gpu", "workers",
-)  # fmt: skip
-DECODERS = ("segformer", "hrnet", "highres")
-
-
-class Settings(BaseModel):
-    """What a run is asked for. The same keys as the options of `bench run`, and as a suite's settings."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    methods: str = ""
-    backbone: str = "swin_tiny"
-    dataset: str = "scenes"
-    tasks: str | None = None
-    protocol: str = "published"
-    decoder: str | None = None
-    recipe: str = "quick"
-    image_size: str | int | None = None
-    batch_size: Positive | None = None
-    epochs: Positive | None = None
-    steps: Annotated[int, Field(ge=0)] | None = None
-    precision: str = "fp32"
-    memory: str = "default"
-    cudnn_benchmark: bool = False
-    seeds: str | int = "0"
-    weights: str = "auto"
-    limit_train: Positive | None = None
-    limit_val: Positive | None = None
-    eval_size: str = "network"
-    skip_bad: bool = False
-    shuffle_labels: bool = False
-
-    @field_validator("methods", "backbone", "tasks", "seeds", mode="before")
-    @classmethod
-    def _listed(cls, value: object) -> object:
-        """A YAML list says the same as its values with commas between."""
-        return ",".join(map(str, value)) if isinstance(value, list) else value
-
-    @staticmethod
-    def elsewhere(key: str) -> str:
-        """Where an option of `bench run` belongs that is no setting; "" for what is no option."""
-        option = key.replace("_", "-")
-        return f"is of one machine or one run: give --{option} to `bench run`" if option in OF_ONE_RUN else ""
-
-
-class Suite(BaseModel):
-    """A named grid of cells: settings of `bench run`, some of which may be several values."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    title: str
-    source: str = ""  # paper and table that it reruns
-    settings: Settings
-
-
-def load_suite(name: str) -> Suite:
-    return yamlfile.load(yamlfile.find("suites", name), Suite)
+from bench.options import one_of
+from bench.spec import EvalSize, Job, Precision, RunSpec
+from bench.suite import Settings, load_suite
+from methods.choices import DecoderName, MemoryUse, Protocol
 
 
 @dataclass(frozen=True)
@@ -98,14 +36,6 @@ class Data:
     limit_val: int | None
     skipped: tuple[str, ...] = ()
     contents: dict[str, str] = field(default_factory=dict)  # split -> digits of its files
-
-
-@dataclass(frozen=True)
-class Device:
-    slug: str  # "cpu", or the GPU's name
-    name: str = ""
-    index: int = 0
-    uuid: str = ""
 
 
 def jobs(
@@ -132,15 +62,16 @@ def jobs(
     settings = _settings(suite, given)
     one_of("cache", cache, ("none", "ram", "disk"))
     recipe = recipes.load(settings.recipe)
-    seeds = _seeds(str(settings.seeds))
-    if settings.shuffle_labels and _length(settings, recipe)[1] == 0:
-        raise BenchError("--shuffle-labels says nothing where nothing is trained (--steps 0)")
+    seeds = options.seeds(str(settings.seeds))
     epochs, steps = _length(settings, recipe)
+    if settings.shuffle_labels and steps == 0:
+        raise BenchError("--shuffle-labels says nothing where nothing is trained (--steps 0)")
     card, tasks = _card(settings, recipe)
     if steps != 0:
         for split in ("train", "val"):
             cards.ids(card, split, data_root)  # raises where the folder or a list is missing
-    size = parse_size(settings.image_size) or recipe.image_size or card.image_size
+    size = options.image_size(settings.image_size) if settings.image_size is not None else None
+    size = size or recipe.image_size or card.image_size
 
     # Only now the slow imports: whatever is wrong above is said at once.
     place = resolve_device(device, settings.precision)
@@ -160,53 +91,51 @@ def jobs(
     built = fitting(settings.methods, list(names), size, card.channels(tasks), setting, tell)
     # Last, because it takes longest: every file is opened.
     data = _data(settings, recipe, card, tasks, data_root, tell)
+    of_all = functools.partial(
+        RunSpec,
+        dataset=card.name,
+        data_fingerprint=data.fingerprint,
+        tasks=tasks,
+        protocol=settings.protocol,
+        decoder=settings.decoder,
+        recipe_name=Path(settings.recipe).stem,
+        recipe=recipe,
+        image_size=size,
+        batch_size=settings.batch_size or recipe.batch_size,
+        epochs=epochs,
+        steps=steps,
+        precision=settings.precision,
+        memory=settings.memory,
+        cudnn_benchmark=settings.cudnn_benchmark,
+        limit_train=data.limit_train,
+        limit_val=data.limit_val,
+        eval_size=settings.eval_size,
+        shuffled_labels=settings.shuffle_labels,
+        skipped=data.skipped,
+        device=place.slug,
+    )
+    here = functools.partial(
+        Job,
+        out=out.resolve(),
+        card=_card_reference(settings.dataset),
+        data_root=data_root.resolve() if data_root else None,
+        data_contents=data.contents,
+        device_index=place.index,
+        device_name=place.name,
+        workers=_default_workers(place) if workers is None else workers,
+        cache=cache,
+        keep_weights=keep_weights,
+        probes=probes,
+        estimate=estimate,
+    )
     cells = []
     for backbone, methods in built.items():
         source = weights[backbone]
+        named = f"file:{source.sha256}" if source.source == "file" else source.source
+        path = source.path.resolve() if source.path else None
         for method, seed in itertools.product(methods, seeds):
-            spec = RunSpec(
-                method=method.expression,
-                backbone=backbone,
-                dataset=card.name,
-                data_fingerprint=data.fingerprint,
-                tasks=tasks,
-                protocol=settings.protocol,
-                decoder=settings.decoder,
-                recipe_name=Path(settings.recipe).stem,
-                recipe=recipe,
-                image_size=size,
-                batch_size=settings.batch_size or recipe.batch_size,
-                epochs=epochs,
-                steps=steps,
-                precision=settings.precision,
-                memory=settings.memory,
-                cudnn_benchmark=settings.cudnn_benchmark,
-                weights=f"file:{source.sha256}" if source.source == "file" else source.source,
-                limit_train=data.limit_train,
-                limit_val=data.limit_val,
-                eval_size=settings.eval_size,
-                shuffled_labels=settings.shuffle_labels,
-                skipped=data.skipped,
-                device=place.slug,
-                seed=seed,
-            )
-            cells.append(
-                Job(
-                    spec=spec,
-                    out=out.resolve(),
-                    card=_card_reference(settings.dataset),
-                    data_root=data_root.resolve() if data_root else None,
-                    data_contents=data.contents,
-                    weights_path=source.path.resolve() if source.path else None,
-                    device_index=place.index,
-                    device_name=place.name,
-                    workers=_default_workers(place) if workers is None else workers,
-                    cache=cache,
-                    keep_weights=keep_weights,
-                    probes=probes,
-                    estimate=estimate,
-                )
-            )
+            spec = of_all(method=method.expression, backbone=backbone, weights=named, seed=seed)
+            cells.append(here(spec=spec, weights_path=path))
     return cells
 
 
@@ -223,7 +152,7 @@ def _settings(suite: str | None, given: Mapping[str, Any]) -> Settings:
     one_of("precision", settings.precision, get_args(Precision))
     one_of("memory", settings.memory, get_args(MemoryUse))
     if settings.decoder is not None:
-        one_of("decoder", settings.decoder, DECODERS)
+        one_of("decoder", settings.decoder, get_args(DecoderName))
     return settings
 
 
@@ -327,72 +256,6 @@ def _card_reference(dataset: str) -> str:
 
 def _default_workers(place: Device) -> int:
     return 0 if place.slug == provenance.CPU else min(8, max(1, provenance.usable_cores() - 1))
-
-
-def resolve_device(device: str, precision: str) -> Device:
-    """`auto|cpu|cuda|cuda:N` -> where the cells will run. Raises BenchError for what this machine does not have.
-
-    CUDA is asked in a short-lived process, so that this one never holds memory on the GPU that it measures.
-    """
-    match = re.fullmatch(r"(auto|cpu|cuda)(?::(\d+))?", device)
-    if not match or (match[2] and match[1] != "cuda"):
-        raise BenchError(f"unknown device {device!r}; expected auto, cpu, cuda or cuda:N")
-    index = int(match[2] or 0)
-    gpus = [] if match[1] == "cpu" else _cuda_devices()
-    if match[1] == "cuda" and index >= len(gpus):
-        found = f"{len(gpus)} CUDA device{'s' if len(gpus) != 1 else ''}" if gpus else "no CUDA device"
-        raise BenchError(f"--device {device}: torch finds {found} on this machine; use --device cpu")
-    if not gpus:
-        if precision in ("fp16", "tf32"):
-            raise BenchError(f"--precision {precision} needs a CUDA GPU; on a CPU use fp32 or bf16")
-        return Device(provenance.CPU)
-    name, major = gpus[index]["name"], gpus[index]["major"]
-    if precision in ("bf16", "tf32") and major < 8:
-        raise BenchError(f"--precision {precision}: {name} has no {precision}; use fp32 or fp16")
-    return Device(provenance.slug(name), name, index, gpus[index].get("uuid", ""))
-
-
-def _cuda_devices() -> list[dict[str, Any]]:
-    """Name, compute capability and UUID of every GPU that torch can use."""
-    code = (
-        "import json, torch; n = torch.cuda.device_count() if torch.cuda.is_available() else 0; "
-        "all = [torch.cuda.get_device_properties(i) for i in range(n)]; "
-        "print(json.dumps([{'name': p.name, 'major': p.major, 'uuid': str(p.uuid)} for p in all]))"
-    )
-    try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-        return json.loads(done.stdout.splitlines()[-1])
-    except subprocess.CalledProcessError as error:
-        last = (error.stderr.strip().splitlines() or ["no message"])[-1]
-        raise BenchError(f"torch cannot be asked for GPUs: {last}") from error
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BenchError(f"torch cannot be asked for GPUs: {error}") from error
-
-
-def one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises BenchError for a value that is not among the choices."""
-    if value not in choices:
-        raise BenchError(f"unknown {option} {value!r}{did_you_mean(value, choices)}; one of: {', '.join(choices)}")
-
-
-def _seeds(text: str) -> list[int]:
-    try:
-        seeds = list(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError as error:
-        raise BenchError(f"--seeds {text!r} is not a comma-separated list of whole numbers") from error
-    if any(not 0 <= seed < 2**32 for seed in seeds):
-        raise BenchError(f"--seeds {text!r}: a seed must be at least 0 and below 2^32")
-    return seeds
-
-
-def parse_size(value: str | int | None) -> tuple[int, int] | None:
-    """`448` or `HEIGHTxWIDTH` -> (height, width). Raises BenchError."""
-    if value is None:
-        return None
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(value).lower())
-    if not match:
-        raise BenchError(f"--image-size {value!r} is neither a number nor HEIGHTxWIDTH")
-    return int(match[1]), int(match[2] or match[1])
 
 
 def _length(settings: Settings, recipe: recipes.Recipe) -> tuple[int | None, int | None]:

@@ -7,15 +7,14 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from bench.recipe import Recipe
+from bench.tasks import TASKS
+from methods.choices import DecoderName, MemoryUse, Protocol
 
-Protocol = Literal["published", "equal"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
-
-
-MemoryUse = Literal["default", "low"]  # low: activation checkpointing, the same figures for more time
+EvalSize = Literal["network", "original"]  # where metrics are computed: the size the network sees, or the labels' own
 
 
 class Trial(BaseModel):
@@ -25,9 +24,6 @@ class Trial(BaseModel):
 
     length: float  # of the run's steps
     holdout: float  # of the training images
-
-
-EvalSize = Literal["network", "original"]  # where metrics are computed: the size the network sees, or the labels' own
 
 
 # Of a recipe, what the spec itself has: an option may have overridden it.
@@ -48,7 +44,7 @@ class RunSpec(BaseModel):
     data_fingerprint: str  # of the card, the ids and their contents; for efficiency alone, of the output channels
     tasks: tuple[str, ...]
     protocol: Protocol
-    decoder: str | None  # None = the protocol's own
+    decoder: DecoderName | None  # None = the protocol's own
     recipe_name: str
     recipe: Recipe
     image_size: tuple[int, int]  # (height, width)
@@ -67,6 +63,13 @@ class RunSpec(BaseModel):
     skipped: tuple[str, ...] = ()  # ids of unreadable images that the run does without
     device: str  # "cpu", or the GPU's name as a slug
     seed: int
+
+    @field_validator("tasks")
+    @classmethod
+    def _known(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        if odd := set(tasks) - set(TASKS):
+            raise ValueError(f"no task is called {min(odd)!r}")
+        return tasks
 
     @property
     def hash(self) -> str:

@@ -75,7 +75,8 @@ def _checkpoint(job: Job) -> dict[str, Any]:
     """What a cell's checkpoint says of itself; nothing where that cannot be read."""
     with suppress(SafetensorError, OSError, KeyError, ValueError):  # the cell says what is wrong with it
         with safe_open(job.checkpoint_path, "np") as file:
-            return json.loads((file.metadata() or {})["bench"])
+            said = json.loads((file.metadata() or {})["bench"])
+            return said if isinstance(said, dict) else {}
     return {}
 
 

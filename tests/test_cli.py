@@ -26,9 +26,9 @@ from bench.data import card as cards
 from bench.data.loader import DenseDataset
 from bench.data.subset import evenly_spaced
 from bench.data.verify import Seen
-from bench.grid import load_suite
 from bench.record import scan
 from bench.resources import ROOT
+from bench.suite import load_suite
 from bench.verbs import listing
 from methods.registry import all_methods, parse
 
@@ -126,11 +126,19 @@ def test_no_method():
     assert "no method given; e.g. --methods" in refusal("run")
 
 
-@pytest.mark.parametrize("size", ["30", "33", "0", "64x30", "16"])
+@pytest.mark.parametrize("size", ["30", "33", "64x30", "16"])
 @pytest.mark.parametrize("backbone", ["swin_tiny", LITE])
 def test_an_image_size_that_the_backbone_cannot_take(size, backbone):
     message = refusal("run", "--methods", "decoder_only", "--backbone", backbone, *SMALL, "--image-size", size)
     assert "cannot take images of" in message and backbone in message
+
+
+@pytest.mark.parametrize("size", ["0", "64x0", "99999999"])
+@pytest.mark.parametrize(
+    "verb", [["run", "--methods", "ours"], ["data", "preview", "scenes"], ["data", "speed", "scenes"]]
+)
+def test_an_image_size_that_nothing_can_have(size, verb):
+    assert "a side has 1 to 16384 pixels" in refusal(*verb, "--image-size", size)
 
 
 def test_a_method_that_needs_another_backbone():

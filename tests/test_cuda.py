@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import grid, processes, run, sweep
+from bench import device, grid, processes, run, sweep
+from bench.errors import BenchError
 from bench.spec import Job
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -15,7 +16,7 @@ BASE = {"methods": "ours", "weights": "random", "image_size": "64", "recipe": "s
 
 def job_on(index: int, monkeypatch: pytest.MonkeyPatch) -> Job:
     gpus = [{"name": f"NVIDIA Test {i}", "major": 9} for i in range(4)]
-    monkeypatch.setattr(grid, "_cuda_devices", lambda: gpus)
+    monkeypatch.setattr(device, "_cuda_devices", lambda: gpus)
     (job,) = grid.jobs(None, BASE, None, f"cuda:{index}", None, Path("runs"))
     return job
 
@@ -39,10 +40,10 @@ def test_a_cell_sees_its_gpu_alone(visible, index, expected, monkeypatch):
 
 
 def test_precisions_that_a_gpu_lacks_are_refused(monkeypatch):
-    monkeypatch.setattr(grid, "_cuda_devices", lambda: [{"name": "Old", "major": 7}])
-    with pytest.raises(grid.BenchError, match="Old has no bf16"):
-        grid.resolve_device("cuda", "bf16")
-    assert grid.resolve_device("cuda", "fp16").slug == "old"
+    monkeypatch.setattr(device, "_cuda_devices", lambda: [{"name": "Old", "major": 7}])
+    with pytest.raises(BenchError, match="Old has no bf16"):
+        device.resolve_device("cuda", "bf16")
+    assert device.resolve_device("cuda", "fp16").slug == "old"
 
 
 @needs_gpu
@@ -61,7 +62,7 @@ def test_a_cell_measures_and_trains(precision, tmp_path):
 def test_figures_of_a_cpu_never_go_under_a_gpus_name(monkeypatch, tmp_path):
     job = job_on(0, monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("accelerate.Accelerator", lambda **_: SimpleNamespace(device=torch.device("cpu")))
+    monkeypatch.setattr("bench.measure.cuda.Accelerator", lambda **_: SimpleNamespace(device=torch.device("cpu")))
     with pytest.raises(RuntimeError, match="accelerate chose cpu where cuda was asked for"):
         run.run_cell(job, run.blank_record(job), lambda event, **values: None)
 

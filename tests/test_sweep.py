@@ -319,6 +319,12 @@ def test_fresh_goes_on_only_from_a_checkpoint_of_the_same_code(
     assert job.checkpoint_path.exists() == goes_on
 
 
+@pytest.mark.parametrize("said", ["null", "[]", "5", "no json"])
+def test_a_checkpoint_that_says_nothing_of_itself_stops_no_sweep(tmp_path, said):
+    save_file({"any": np.zeros(1)}, tmp_path / "cell.safetensors", {"bench": said})
+    assert sweep._checkpoint(SimpleNamespace(checkpoint_path=tmp_path / "cell.safetensors")) == {}
+
+
 def test_fresh_starts_anew_after_a_change(tmp_path, monkeypatch):
     args = (*asked(tmp_path), "--out", tmp_path / "runs")
     with pytest.MonkeyPatch.context() as patch:

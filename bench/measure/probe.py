@@ -8,8 +8,7 @@ from multiprocessing.connection import Connection
 from pydantic import BaseModel
 
 from bench.failure import classify
-from bench.recipe import Recipe
-from bench.spec import MemoryUse, Precision, Protocol
+from bench.step import Step
 
 STEPS = 2  # the first makes the optimizer's moments
 # What cuDNN and cuBLAS say where they get no memory of their own. Of a batch of one it would mean something else.
@@ -18,13 +17,7 @@ NEAR_THE_LIMIT = ("unable to find an engine", "CUBLAS_STATUS_NOT_INITIALIZED")
 
 class Request(BaseModel):
     method: str  # canonical expression
-    backbone: str  # full timm name
-    image_size: tuple[int, int]
-    channels: dict[str, int]
-    protocol: Protocol
-    memory: MemoryUse
-    precision: Precision
-    recipe: Recipe
+    step: Step
     batch_size: int
     cuda: bool
     limit: int | None = None  # bytes: of the allocator on a GPU, of the whole process on a CPU
@@ -51,26 +44,17 @@ def answer(request: Request) -> Answer:
         timed_step,
     )
     from bench.train.loop import Trainer
-    from methods.build import build_model
     from methods.registry import parse
 
+    of = request.step
     try:
         (method,) = parse(request.method)  # every import before the limit
         if request.limit is not None:
             _limit(request.limit, request.cuda)
-        cuda.set_up(request.precision)
-        accelerator = cuda.accelerator(request.precision, request.cuda)
-        model = build_model(
-            method,
-            request.backbone,
-            request.channels,
-            request.image_size,
-            "random",
-            request.protocol,
-            memory=request.memory,
-        )
-        trainer = Trainer(model, request.recipe, request.batch_size, STEPS, accelerator)
-        batch = synthetic_batch(request.channels, request.image_size, request.batch_size, accelerator.device)
+        cuda.set_up(of.precision)
+        accelerator = cuda.accelerator(of.precision, request.cuda)
+        trainer = Trainer(of.model(method), of.recipe, request.batch_size, STEPS, accelerator)
+        batch = synthetic_batch(of.channels, of.image_size, request.batch_size, accelerator.device)
         clock = CUDA_CLOCK if request.cuda else CPU_CLOCK
         settle(trainer, batch)
         marks = timed_step(trainer, batch, STEPS - 1, clock)

@@ -13,12 +13,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bench import grid, resources
+from bench import resources
 from bench.data import card as cards
 from bench.report import published
+from bench.suite import load_suite
 
 if TYPE_CHECKING:
     from methods.backbones.base import Backbone
+    from methods.choices import DecoderName
     from methods.model import MultiTaskModel
     from methods.registry import Configured
 
@@ -32,10 +34,11 @@ def counts(
     tasks: str | None,
     size: tuple[int, int],
     tell: Callable[[str], None] = lambda line: None,
+    decoder: DecoderName | None = None,
 ) -> pd.DataFrame:
     """Millions of trainable parameters, a row a method and backbone; built on the meta device, shapes without memory.
 
-    published, equal   under the two protocols
+    published, equal   under the two protocols, with `decoder` in place of theirs
     printed            as the papers print it for the row that the method stands for and their four tasks, else NaN
     passes             of the backbone for one image
     `tell` hears what is left out: methods of `all` that a backbone cannot serve, and named ones that another can.
@@ -50,11 +53,11 @@ def counts(
 
     def row(backbone: str, frame: Backbone, configured: Configured) -> dict[str, Any]:
         models = {
-            protocol: configured.try_build(copy.deepcopy(frame), channels, Setting(protocol))
+            protocol: configured.try_build(copy.deepcopy(frame), channels, Setting(protocol, decoder))
             for protocol in (PUBLISHED, EQUAL)
         }
-        # The papers count four tasks; for others their figure says nothing.
-        theirs = configured.published_row if set(channels) == set(published.TASKS) else None
+        # The papers count four tasks with a decoder of theirs; for others their figure says nothing.
+        theirs = configured.published_row if set(channels) == set(published.TASKS) and decoder is None else None
         return {
             "backbone": backbone,
             METHOD: configured.expression,
@@ -88,7 +91,7 @@ def of_published_rows(tell: Callable[[str], None]) -> tuple[list[tuple[str, str]
 
     pairs = {}
     for suite in resources.names("suites"):
-        for configured in parse(grid.load_suite(suite).settings.methods):
+        for configured in parse(load_suite(suite).settings.methods):
             if configured.published_row:
                 pairs[configured.expression] = configured.published_row
 
@@ -107,9 +110,10 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def show(table: pd.DataFrame, console: Console) -> None:
+def show(table: pd.DataFrame, console: Console, decoder: str | None = None) -> None:
+    under = f", decoder {decoder}" if decoder else ""
     for backbone, rows in table.groupby("backbone", sort=False):
-        out = Table(title=f"Trainable parameters in millions, {backbone}", title_justify="left")
+        out = Table(title=f"Trainable parameters in millions, {backbone}{under}", title_justify="left")
         for column in rows.columns.drop("backbone"):
             out.add_column(column, justify="left" if column == METHOD else "right", overflow="fold")
         for row in rows.drop(columns="backbone").to_dict("records"):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import pandas as pd
 from rich import box
@@ -16,23 +15,23 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from bench import recipe as recipes
+from bench import options, step
 from bench.data import card as cards
 from bench.data.card import Card
 from bench.errors import BenchError
 from bench.files import write_atomically
-from bench.grid import one_of, parse_size
 from bench.measure.provenance import git_state
+from bench.options import GIB, one_of, whole
 from bench.record import read
 from bench.report.groups import collect
-from bench.spec import MemoryUse, Precision, Protocol
+from bench.step import Step
 from bench.verbs import count
+from methods.choices import MemoryUse
 
 if TYPE_CHECKING:
     from bench.measure.estimate import Estimate
     from methods.registry import Configured
 
-GIB = 2**30
 METHOD, REASON, PEAK, BATCH, LARGEST = "method", "reason", "peak", "batch_size", "largest_batch"
 SETTING = ("backbone", "image_size", "memory", "tasks", BATCH)  # columns that are shown where they differ
 BYTES = {"weights": "weights", "forward": "fwd", "loss": "loss", "backward": "bwd", "optimizer": "opt", PEAK: "peak"}
@@ -42,42 +41,41 @@ OPERATIONS = {"flops_forward": "fwd", "flops_backward": "bwd"}
 def table(
     methods: str,
     backbones: str,
+    *,
     dataset: str,
     tasks: str | None,
     task_counts: str | None,
-    protocol: str,
-    recipe: str,
     image_sizes: str,
     batch_sizes: str,
-    precision: str,
     memory: str,
     losses_together: bool,
     gpu: str | None,
     tell: Callable[[str], None] = lambda line: None,
+    **other: Any,
 ) -> pd.DataFrame:
     """A row a method, backbone, image size, number of tasks, batch size and memory use; bytes and operations of a step.
 
-    `task_counts` takes the first so many of the card's tasks.
+    `task_counts` takes the first so many of the card's tasks. `other`: protocol, decoder, recipe and precision.
     `reason` says why a row has no figures. With `gpu`, `fits` and the largest batch. Raises BenchError or MethodError.
     """
-    one_of("protocol", protocol, get_args(Protocol))
-    one_of("precision", precision, get_args(Precision))
     uses = [use.strip() for use in memory.split(",")]
     for use in uses:
         one_of("memory", use, get_args(MemoryUse))
-    limit = parse_gpu(gpu) if gpu else None
-    sizes = [parse_size(size.strip()) for size in image_sizes.split(",")]
-    batches = [_whole("batch-size", text) for text in batch_sizes.split(",")]
-    card, chosen = cards.load(dataset), recipes.load(recipe).untuned()
-    task_lists = _task_lists(card, tasks, task_counts)
+    limit = options.memory_size("gpu", gpu) if gpu else None
+    sizes = [options.image_size(size.strip()) for size in image_sizes.split(",")]
+    batches = [whole("batch-size", text) for text in batch_sizes.split(",")]
+    one = step.asked(
+        backbone="", dataset=dataset, tasks=None, image_size=image_sizes.split(",")[0].strip(), memory=uses[0], **other
+    )
+    card = cards.load(dataset)
+    channels = [card.channels(chosen) for chosen in _task_lists(card, tasks, task_counts)]
 
     from bench.fitting import fitting
     from methods.backbones.load import full_name
-    from methods.model import Setting
     from methods.registry import MethodError, asks_for_all
 
     frames = [full_name(name.strip()) for name in backbones.split(",")]
-    widest, told = card.channels(max(task_lists, key=len)), set()
+    widest, told = max(channels, key=len), set()
 
     def once(line: str) -> None:
         if line not in told:
@@ -87,24 +85,23 @@ def table(
     combinations = []
     for size in sizes:  # before the minutes of work
         try:
-            able = fitting(methods, frames, size, widest, Setting(protocol), once)
+            able = fitting(methods, frames, size, widest, one.setting, once)
         except (BenchError, MethodError) as error:
             if not asks_for_all(methods) or (size == sizes[-1] and not combinations):
                 raise
             once(f"left out: {error}")
             continue
-        for backbone, chosen_methods in able.items():
-            combinations += itertools.product([backbone], [size], chosen_methods, uses, task_lists, batches)
+        for backbone, chosen in able.items():
+            for method, use, outputs in itertools.product(chosen, uses, channels):
+                changes = {"backbone": backbone, "image_size": size, "memory": use, "channels": outputs}
+                combinations += [(method, one.model_copy(update=changes), batch) for batch in batches]
     rows = []
-    for backbone, size, method, use, chosen_tasks, batch in track(
-        combinations, "estimating", transient=True, console=Console(stderr=True)
-    ):
-        channels = card.channels(chosen_tasks)
-        row = {"backbone": backbone, METHOD: method.expression, "image_size": f"{size[0]}x{size[1]}", "memory": use}
-        row |= {"tasks": len(channels), BATCH: batch, "precision": precision, "protocol": protocol}
-        run = functools.partial(
-            _estimate, method, backbone, size, channels, protocol, use, chosen, precision, losses_together
-        )
+    for method, each, batch in track(combinations, "estimating", transient=True, console=Console(stderr=True)):
+        height, width = each.image_size
+        row = {"backbone": each.backbone, METHOD: method.expression, "image_size": f"{height}x{width}"}
+        row |= {"memory": each.memory, "tasks": len(each.channels), BATCH: batch, "precision": each.precision}
+        row |= {"protocol": each.protocol, "decoder": each.decoder}
+        run = functools.partial(_estimate, method, each, losses_together)
         try:
             found = run(batch)
             row |= {"trainable": found.trainable, "weights": found.weights, **found.phases, PEAK: found.peak}
@@ -117,23 +114,11 @@ def table(
     return pd.DataFrame(rows)
 
 
-def _estimate(
-    method: Configured,
-    backbone: str,
-    size: tuple[int, int],
-    channels: dict[str, int],
-    protocol: Protocol,
-    use: MemoryUse,
-    recipe: recipes.Recipe,
-    precision: Precision,
-    losses_together: bool,
-    batch: int,
-) -> Estimate:
+def _estimate(method: Configured, of: Step, losses_together: bool, batch: int) -> Estimate:
     from bench.measure.estimate import estimate
-    from methods.build import build_model
 
-    build = functools.partial(build_model, method, backbone, channels, size, "random", protocol, memory=use)
-    return estimate(build, size, recipe, batch, precision, losses_together=losses_together)
+    build = functools.partial(of.model, method)
+    return estimate(build, of.image_size, of.recipe, batch, of.precision, losses_together=losses_together)
 
 
 def fill(folder: Path, dataset: str | None, tell: Callable[[str], None]) -> int:
@@ -177,29 +162,15 @@ def _largest(run: Callable[[int], Estimate], limit: int, batch: int) -> int:
     return largest_batch(lambda images: run(images).peak, limit, batch)
 
 
-def parse_gpu(text: str, option: str = "gpu") -> int:
-    """`24GB` or `24` -> bytes. GPUs are sold by 2^30 bytes whatever the label says. Raises BenchError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:g|gb|gib)?", text.strip().lower())
-    if not match or float(match[1]) == 0:
-        raise BenchError(f"--{option} {text!r} is no size of a memory; e.g. 24GB")
-    return int(float(match[1]) * GIB)
-
-
 def _task_lists(card: Card, tasks: str | None, counts: str | None) -> list[tuple[str, ...]]:
     if counts is None:
         return [cards.choose_tasks(card, tasks)]
     if tasks is not None:
         raise BenchError("give --tasks or --task-counts, not both")
-    lists = [tuple(card.tasks)[: _whole("task-counts", text)] for text in counts.split(",")]
+    lists = [tuple(card.tasks)[: whole("task-counts", text)] for text in counts.split(",")]
     if any(len(chosen) != int(text) for chosen, text in zip(lists, counts.split(","), strict=True)):
         raise BenchError(f"--task-counts {counts}: dataset {card.name} has {len(card.tasks)} tasks")
     return lists
-
-
-def _whole(option: str, text: str) -> int:
-    if not re.fullmatch(r"\s*[1-9]\d*\s*", text):
-        raise BenchError(f"--{option} {text!r} is not a whole number above zero")
-    return int(text)
 
 
 def cells(found: pd.DataFrame) -> pd.DataFrame:
@@ -230,7 +201,9 @@ def title(found: pd.DataFrame) -> str:
     common += [f"batch {first[BATCH]}"] if found[BATCH].nunique() == 1 else []
     common += [f"{first['tasks']} tasks"] if found["tasks"].nunique() == 1 else []
     common += ["activation checkpointing"] if set(found["memory"]) == {"low"} else []
-    return " · ".join(["ESTIMATED, not measured", *common, first["precision"], f"protocol {first['protocol']}"])
+    common += [first["precision"], f"protocol {first['protocol']}"]
+    common += [f"decoder {first['decoder']}"] if first["decoder"] else []
+    return " · ".join(["ESTIMATED, not measured", *common])
 
 
 def notes(found: pd.DataFrame) -> list[str]:

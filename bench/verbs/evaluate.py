@@ -19,10 +19,10 @@ from bench import processes
 from bench.data import card as cards
 from bench.data import check, subset, verify
 from bench.data.loader import DenseDataset
+from bench.device import Device
 from bench.errors import BenchError
 from bench.failure import classify
 from bench.files import write_atomically
-from bench.grid import Device
 from bench.measure import code, cuda, provenance
 from bench.one_line import say
 from bench.report.sheets import MISSING

@@ -6,9 +6,8 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from rich import box
@@ -18,17 +17,15 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
 from bench import processes
-from bench import recipe as recipes
-from bench.data import card as cards
+from bench.device import Device
 from bench.errors import BenchError
-from bench.grid import Device, one_of, parse_size
 from bench.one_line import say
-from bench.spec import MemoryUse, Precision, Protocol
+from bench.options import GIB
+from bench.step import Step
 
 if TYPE_CHECKING:
     from bench.measure.probe import Answer, Request
 
-GIB = 2**30
 MOST = 4096  # images; nobody trains with more
 
 
@@ -44,48 +41,19 @@ def largest(fits: Callable[[int], bool], most: int = MOST) -> int:
     return low
 
 
-def table(
-    methods: str,
-    backbone: str,
-    dataset: str,
-    tasks: str | None,
-    protocol: str,
-    recipe: str,
-    image_size: str,
-    precision: str,
-    memory: str,
-    place: Device,
-    limit: int | None,
-    console: Console,
-) -> pd.DataFrame:
+def table(methods: str, of: Step, place: Device, limit: int | None, console: Console) -> pd.DataFrame:
     """A row a method: the largest batch, its peak in bytes and seconds a step, or the reason why there is none.
 
-    Raises BenchError or MethodError.
+    `limit` in bytes. Raises BenchError or MethodError.
     """
-    one_of("protocol", protocol, get_args(Protocol))
-    one_of("precision", precision, get_args(Precision))
-    one_of("memory", memory, get_args(MemoryUse))
     if not place.name and limit is None:
         raise BenchError("--find-max-batch on a CPU needs --memory-limit, e.g. 8GB: a machine that swaps never refuses")
     if not place.name and not sys.platform.startswith("linux"):
         raise BenchError("--memory-limit on a CPU needs Linux, whose kernel enforces it; use a GPU")
-    card, chosen = cards.load(dataset), recipes.load(recipe).untuned()
-    channels = card.channels(cards.choose_tasks(card, tasks))
 
-    from bench.fitting import fitting
     from bench.measure.probe import Request
-    from methods.backbones.load import full_name
-    from methods.model import Setting
 
-    name, size = full_name(backbone), parse_size(image_size)
-    able = fitting(
-        methods,
-        [name],
-        size,
-        channels,
-        Setting(protocol),
-        partial(say, console, soft_wrap=True),
-    )[name]
+    able = of.fitting(methods, lambda line: say(console, line, soft_wrap=True))
     rows = []
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=console, transient=True) as progress:
         line = progress.add_task("")
@@ -94,11 +62,7 @@ def table(
 
             def fits(batch: int, expression: str = method.expression, answers: dict[int, Answer] = answers) -> bool:
                 progress.update(line, description=escape(f"{expression}: a batch of {batch}"))
-                request = Request(
-                    method=expression, backbone=name, image_size=size,
-                    channels=channels, protocol=protocol, memory=memory, precision=precision, recipe=chosen,
-                    batch_size=batch, cuda=bool(place.name), limit=limit,
-                )  # fmt: skip
+                request = Request(method=expression, step=of, batch_size=batch, cuda=bool(place.name), limit=limit)
                 answers[batch] = _ask(request, place)
                 return answers[batch].fits
 

@@ -11,7 +11,7 @@ import os
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from rich import box
@@ -20,12 +20,10 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from bench import recipe as recipes
-from bench.data import card as cards
+from bench.device import Device
 from bench.errors import BenchError
-from bench.grid import Device, one_of, parse_size
 from bench.one_line import say
-from bench.spec import MemoryUse, Precision, Protocol
+from bench.step import Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,15 +52,8 @@ class Profile:
 
 def profile(
     methods: str,
-    backbone: str,
-    dataset: str,
-    tasks: str | None,
-    protocol: str,
-    recipe: str,
-    image_size: str,
+    of: Step,
     batch_size: int,
-    precision: str,
-    memory: str,
     place: Device,
     rounds: int,
     console: Console,
@@ -71,41 +62,29 @@ def profile(
 ) -> list[Profile]:
     """One profile a method, then that of the frozen backbone's forward. A method whose first step fails is left out,
     and `tell` hears of it. Raises BenchError or MethodError."""
-    one_of("protocol", protocol, get_args(Protocol))
-    one_of("precision", precision, get_args(Precision))
-    one_of("memory", memory, get_args(MemoryUse))
-    card, chosen = cards.load(dataset), recipes.load(recipe).untuned()
-    channels = card.channels(cards.choose_tasks(card, tasks))
-    size = parse_size(image_size)
     if with_operators:
         # Read once, when torch is imported: its profiler would announce itself on standard error.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
     import torch
 
-    from bench.fitting import fitting
     from bench.measure import cuda
     from bench.measure.operators import operators
     from bench.measure.profile import CPU_CLOCK, CUDA_CLOCK, settle, synthetic_batch
     from bench.train.loop import Trainer
     from methods.backbones.load import WeightSource, full_name, load_backbone
-    from methods.build import build_model
-    from methods.model import Setting
     from methods.registry import described
 
     if place.name:
         torch.cuda.set_device(place.index)
-    cuda.set_up(precision)
-    frame = full_name(backbone)
-    tell_left_out = functools.partial(say, console, soft_wrap=True)
-    able = fitting(methods, [frame], size, channels, Setting(protocol), tell_left_out)[frame]
+    cuda.set_up(of.precision)
     trainers = {}
-    for method in able:
+    for method in of.fitting(methods, functools.partial(say, console, soft_wrap=True)):
         torch.manual_seed(0)
-        model = build_model(method, backbone, channels, size, "random", protocol, memory=memory)
-        accelerator = cuda.accelerator(precision, bool(place.name))  # a loss scale of its own
-        trainers[method.expression] = Trainer(model, chosen, batch_size, rounds + 1, accelerator)
-    batch = synthetic_batch(channels, size, batch_size, accelerator.device)
+        model = of.model(method)
+        accelerator = cuda.accelerator(of.precision, bool(place.name))  # a loss scale of its own
+        trainers[method.expression] = Trainer(model, of.recipe, batch_size, rounds + 1, accelerator)
+    batch = synthetic_batch(of.channels, of.image_size, batch_size, accelerator.device)
     for name in list(trainers):
         try:
             settle(trainers[name], batch)
@@ -115,7 +94,7 @@ def profile(
     if not trainers:
         raise BenchError("none of the methods took a step")
     accelerator = next(iter(trainers.values())).accelerator  # not of one that was left out: its model is to go
-    frozen = load_backbone(frame, size, WeightSource("random")).to(accelerator.device).eval()
+    frozen = load_backbone(full_name(of.backbone), of.image_size, WeightSource("random")).to(accelerator.device).eval()
 
     def forward() -> None:
         with torch.no_grad(), accelerator.autocast():
@@ -226,7 +205,6 @@ def show_operators(profiles: list[Profile], most: int, on_gpu: bool, console: Co
     )
 
 
-def heading(backbone: str, image_size: str, batch_size: int | None, precision: str, memory: str, place: Device) -> str:
-    where = place.name or "CPU figures"
-    low = ["activation checkpointing"] if memory == "low" else []
-    return " · ".join([backbone, image_size, *([f"batch {batch_size}"] if batch_size else []), precision, *low, where])
+def heading(of: Step, batch_size: int | None, place: Device) -> str:
+    batch = [f"batch {batch_size}"] if batch_size else []
+    return " · ".join([*of.title(), *batch, place.name or "CPU figures"])

@@ -117,7 +117,7 @@ def test_a_new_import_is_followed(tree):
 
 @pytest.mark.parametrize("expression", [*all_methods(), "peft:dora"])
 def test_a_methods_own_file_is_among_them_and_no_other_methods(expression):
-    of_all = {"decoder.py", "model.py", "registry.py", "__init__.py"}
+    of_all = {"choices.py", "decoder.py", "model.py", "registry.py", "__init__.py"}
     own = {path.name for path in code.files(expression) if path.parent == ROOT / "methods"} - of_all
     if expression == "peft:dora":
         assert own == {"peft_methods.py"}

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import grid
+from bench import device, grid
 from bench.errors import BenchError
 from bench.measure import gpu_state
 
@@ -89,7 +89,7 @@ def test_what_a_gpu_does_not_tell_is_none(monkeypatch):
 
 
 def test_company_is_refused_unless_allowed(monkeypatch):
-    monkeypatch.setattr(grid, "_cuda_devices", lambda: [{"name": "NVIDIA Test", "major": 9, "uuid": "abc"}])
+    monkeypatch.setattr(device, "_cuda_devices", lambda: [{"name": "NVIDIA Test", "major": 9, "uuid": "abc"}])
     given = {"methods": "ours", "weights": "random", "image_size": "64", "recipe": "smoke", "steps": 0}
 
     def jobs(**how):

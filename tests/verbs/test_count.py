@@ -115,3 +115,21 @@ def test_errors_are_one_line(arguments, message):
 def test_nothing_to_count():
     with pytest.raises((BenchError, MethodError)):
         count.counts("", "swin_tiny", "scenes", None, (64, 64))
+
+
+def test_a_decoder_in_place_of_the_protocols_choice():
+    """`hrnet` is MTLoRA's own, `segformer` that of the protocol `equal`: each protocol's count with the other's."""
+    asked = ("mtlora", "swin_tiny", "scenes", "semseg,normals", (64, 64))
+    (own,) = count.counts(*asked).to_dict("records")
+    (segformer,) = count.counts(*asked, decoder="segformer").to_dict("records")
+    (hrnet,) = count.counts(*asked, decoder="hrnet").to_dict("records")
+    assert segformer["equal"] == own["equal"] and hrnet["published"] == own["published"] != segformer["published"]
+    printed = [
+        count.counts("mtlora", "swin_tiny", "scenes", None, (64, 64), decoder=d)["printed"] for d in (None, "hrnet")
+    ]
+    assert printed[0].notna().all() and printed[1].isna().all()
+
+
+def test_an_unknown_decoder_is_one_line():
+    done = CliRunner().invoke(app, ["count", "--decoder", "hrnte"])
+    assert done.exit_code == 2 and "unknown decoder 'hrnte' (did you mean 'hrnet'?)" in " ".join(done.output.split())

@@ -21,8 +21,9 @@ from bench.measure.cuda_like import LikeCUDA
 from bench.measure.estimate import estimate, largest_batch, step_bytes
 from bench.measure.live import LiveBytes
 from bench.measure.profile import synthetic_batch
+from bench.options import memory_size
 from bench.train.loop import PHASES, Trainer
-from bench.verbs.estimate import markdown, parse_gpu, table
+from bench.verbs.estimate import markdown, table
 from methods.backbones.load import WeightSource, load_backbone
 from methods.decoder import Decoder
 from methods.layers.checkpointing import checkpoint_activations
@@ -316,9 +317,9 @@ def invoke(*options):
 
 
 def test_a_table_of_every_combination():
-    found = table(
-        "decoder_only", "swin_tiny", "scenes", "semseg,normals", None, "equal", "bdta", "64,96", "1,2", "fp32",
-        "default,low", False, None,
+    found = estimated(
+        "decoder_only", tasks="semseg,normals", protocol="equal", image_sizes=" 64 ,96", batch_sizes="1,2",
+        memory="default,low",
     )  # fmt: skip
     assert len(found) == 8 and (found["peak"] == found[list(PHASES)].max(axis=1)).all()
     by = found.set_index(["image_size", "batch_size", "memory"])["peak"]
@@ -355,28 +356,28 @@ def test_ours_needs_a_third_of_tadformer_and_an_eighth_with_checkpointing():
 
 
 def on_swin_tiny(method, memory="default", losses_together=False):
-    return table(
-        method,
-        "swin_tiny",
-        "scenes",
-        None,
-        None,
-        "published",
-        "bdta",
-        "448",
-        "8",
-        "fp32",
-        memory,
-        losses_together,
-        None,
-    ).to_dict("records")
+    return estimated(method, memory=memory, losses_together=losses_together).to_dict("records")
+
+
+def estimated(methods, **changes):
+    asked = {
+        "dataset": "scenes", "tasks": None, "task_counts": None, "protocol": "published", "decoder": None,
+        "recipe": "bdta", "image_sizes": "448", "batch_sizes": "8", "precision": "fp32", "memory": "default",
+        "losses_together": False, "gpu": None,
+    }  # fmt: skip
+    return table(methods, "swin_tiny", **asked | changes)
+
+
+def test_the_decoder_decides_too():
+    segformer, hrnet = (estimated("mtlora", image_sizes="64", decoder=name) for name in ("segformer", "hrnet"))
+    own = estimated("mtlora", image_sizes="64")
+    assert own["peak"].tolist() == hrnet["peak"].tolist() != segformer["peak"].tolist()
+    assert "decoder hrnet" in markdown(hrnet) and "decoder" not in markdown(own)
 
 
 def test_task_counts():
-    found = table(
-        "decoder_only,adapter", "swin_tiny", "scenes", None, "1,2,4", "equal", "bdta", "64", "2", "fp32", "default",
-        False, None,
-    ).set_index(["method", "tasks"])  # fmt: skip
+    asked = {"task_counts": "1,2,4", "protocol": "equal", "image_sizes": "64", "batch_sizes": "2"}
+    found = estimated("decoder_only,adapter", **asked).set_index(["method", "tasks"])
     forward = found["flops_forward"]
     head = forward["decoder_only", 2] - forward["decoder_only", 1]
     assert forward["decoder_only", 4] - forward["decoder_only", 2] == pytest.approx(2 * head, rel=0.05)
@@ -425,7 +426,7 @@ def test_bad_input_is_one_line(options, expected):
 
 @pytest.mark.parametrize("text, expected", [("24GB", 24), ("24", 24), ("80 GiB", 80), ("0.5g", 0.5)])
 def test_sizes_of_gpus(text, expected):
-    assert parse_gpu(text) == expected * 2**30
+    assert memory_size("gpu", text) == expected * 2**30
 
 
 def test_a_method_without_an_estimate_is_a_row_with_its_reason(monkeypatch):

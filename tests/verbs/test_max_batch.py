@@ -10,10 +10,11 @@ from typer.testing import CliRunner
 
 from bench import recipe
 from bench.cli import app
+from bench.device import Device
 from bench.errors import BenchError
-from bench.grid import Device
 from bench.measure import probe
 from bench.measure.probe import Answer, Request
+from bench.step import Step
 from bench.verbs import max_batch
 
 GIB = 2**30
@@ -36,13 +37,14 @@ def test_nothing_beyond_the_most_is_tried():
     assert max_batch.largest(lambda n: True, most=50) == 50
 
 
-def request(batch_size, **changes):
-    settings = {
-        "method": "decoder_only", "backbone": "swin_tiny_patch4_window7_224", "image_size": (64, 64),
-        "channels": {"saliency": 1}, "protocol": "published", "memory": "default", "precision": "fp32",
-        "recipe": recipe.load("smoke"), "batch_size": batch_size, "cuda": False, "limit": 2 * GIB,
-    }  # fmt: skip
-    return Request(**settings | changes)
+STEP = Step(
+    backbone="swin_tiny_patch4_window7_224", image_size=(64, 64), channels={"saliency": 1}, recipe=recipe.load("smoke")
+)
+
+
+def request(batch_size, method="decoder_only", cuda=False, limit=2 * GIB, **changes):
+    step = STEP.model_copy(update=changes)
+    return Request(method=method, step=step, batch_size=batch_size, cuda=cuda, limit=limit)
 
 
 @linux

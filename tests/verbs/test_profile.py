@@ -16,11 +16,12 @@ from torch.autograd import DeviceType
 from typer.testing import CliRunner
 
 from bench.cli import app
+from bench.device import Device
 from bench.errors import BenchError
-from bench.grid import Device
 from bench.measure import operators as measured
 from bench.measure.operators import Operator, operators
 from bench.measure.profile import Clock
+from bench.step import asked
 from bench.verbs import profile
 from bench.verbs.profile import FLOOR, Profile
 from methods import decoder_only, registry
@@ -123,10 +124,11 @@ def test_a_method_that_fails_is_left_out_and_the_others_are_measured(monkeypatch
 
 
 def test_a_step_is_as_long_as_its_phases_on_a_real_model():
-    found = profile.profile(
-        "decoder_only", "swin_tiny", "scenes", None, "equal", "bdta", "64", 2, "fp32", "low", Device("cpu"), 2,
-        Console(stderr=True),
+    step = asked(
+        backbone="swin_tiny", dataset="scenes", tasks=None, protocol="equal", decoder=None, recipe="bdta",
+        image_size="64", precision="fp32", memory="low",
     )  # fmt: skip
+    found = profile.profile("decoder_only", step, 2, Device("cpu"), 2, Console(stderr=True))
     own = found[0]
     for index, seconds in enumerate(own.seconds):
         assert sum(values[index] for values in own.phases.values()) == pytest.approx(seconds, rel=0.2)
