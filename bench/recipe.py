@@ -23,11 +23,16 @@ class Optimizer(Strict):
     """`backbone_factor`: where the whole backbone is trained, its parameters learn at this share of the rate (DETR,
     Carion et al., 2020, has 0.1): one rate rarely suits both them and a decoder that starts from nothing. Methods that
     train a part of it, biases say, are not concerned; they want the rate of what is new. What suits one backbone need
-    not suit another: the methods concerned have an option of this name that goes before."""
+    not suit another: the methods concerned have an option of this name that goes before.
+
+    `adaptation_factor`: the same for what a method adds, and for the part of the backbone that it unfreezes: all that
+    is trained outside the decoder, but for a backbone trained whole. 1, one rate for a method and its decoder, is what
+    the papers have; it may exceed 1 (LoRA+, Hayou et al., 2024, has rates apart within an adapter)."""
 
     name: Literal["adamw", "adam", "sgd"]
     lr: Positive | None = None  # None where the recipe tunes it
     backbone_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
+    adaptation_factor: Positive = 1.0
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     momentum: Fraction = 0.9  # sgd only

@@ -88,9 +88,13 @@ class RunSpec(BaseModel):
             mode="json",
             exclude={"method": True, "seed": True, "recipe_name": True, "recipe": {"title", "source"} | SETTLED},
         )
-        later = (setting, {"memory": "default", "cudnn_benchmark": False, "shuffled_labels": False, "trial": None})
         recipe = setting["recipe"]
-        for part, defaults in (later, (recipe, {"tune": None}), (recipe["optimizer"], {"backbone_factor": 1.0})):
+        later = (
+            (setting, {"memory": "default", "cudnn_benchmark": False, "shuffled_labels": False, "trial": None}),
+            (recipe, {"tune": None}),
+            (recipe["optimizer"], {"backbone_factor": 1.0, "adaptation_factor": 1.0}),
+        )
+        for part, defaults in later:
             for name, default in defaults.items():
                 if part[name] == default:  # as in records from before there was a choice
                     del part[name]

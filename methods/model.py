@@ -109,15 +109,11 @@ class MultiTaskModel(nn.Module):
     def ledger(self) -> Ledger:
         """Count every distinct parameter once."""
         counts = dict.fromkeys(("adaptation", "backbone", "decoder", "shared", "per_task"), 0)
-        pretrained, owners = self.pretrained(), self.owners()
+        roles, owners = self.roles(), self.owners()
         for name, parameter in self.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            # A mixer sits inside the decoder, yet is part of the method.
-            in_decoder = name.startswith("decoder.") and not name.startswith("decoder.mixer.")
-            role = "decoder" if in_decoder else "backbone" if name in pretrained else "adaptation"
-            counts[role] += parameter.numel()
-            counts["shared" if owners[name] is None else "per_task"] += parameter.numel()
+            if parameter.requires_grad:
+                counts[roles[name]] += parameter.numel()
+                counts["shared" if owners[name] is None else "per_task"] += parameter.numel()
         return Ledger(total=sum(p.numel() for p in self.parameters()), **counts)
 
     @torch.no_grad()
@@ -134,6 +130,16 @@ class MultiTaskModel(nn.Module):
             self.train(was_training)
             for backbone in backbones:
                 backbone.images_seen = None
+
+    def roles(self) -> dict[str, str]:
+        """What a parameter belongs to: "adaptation", "backbone" (it came with it) or "decoder"."""
+        pretrained = self.pretrained()
+        roles = {}
+        for name, _ in self.named_parameters():
+            # A mixer sits inside the decoder, yet is part of the method.
+            in_decoder = name.startswith("decoder.") and not name.startswith("decoder.mixer.")
+            roles[name] = "decoder" if in_decoder else "backbone" if name in pretrained else "adaptation"
+        return roles
 
     def owners(self) -> dict[str, str | None]:
         """The task that a parameter belongs to, or None if tasks share it: all paths to it must name that task."""

@@ -168,6 +168,10 @@ def test_old_records_keep_their_hash():
     _, spec = old[0]
     for change in ({"trial": {"length": 0.25, "holdout": 0.2}}, {"shuffled_labels": True}):
         assert type(spec).model_validate(spec.model_dump() | change).hash != spec.hash
+    optimizer = spec.recipe.optimizer.model_dump()
+    for factor in ("backbone_factor", "adaptation_factor"):
+        recipe = spec.recipe.model_dump() | {"optimizer": optimizer | {factor: 0.5}}
+        assert type(spec).model_validate(spec.model_dump() | {"recipe": recipe}).hash != spec.hash
 
 
 # a run
@@ -400,6 +404,15 @@ def test_the_backbones_share_is_told_where_a_backbone_is_trained_whole(tmp_path,
     tried = {"rate": 1e-3, "tried": [{"rate": 1e-3, "status": "ok", "score": 1.0}]}
     make.make(tmp_path, method, recipe=slowed, tuned=tried, parameters=counts | {"backbone": backbone})
     assert ("trained whole learns at 0.1 of the rate" in " ".join(make.report(tmp_path).split())) == told
+
+
+@pytest.mark.parametrize(("factor", "told"), [(0.1, True), (1.0, False)])
+def test_a_share_for_what_a_method_adds_is_told(tmp_path, factor, told):
+    apart = make.recipe(optimizer={"name": "adamw", "adaptation_factor": factor}, tune=TUNE)
+    tried = {"rate": 1e-3, "tried": [{"rate": 1e-3, "status": "ok", "score": 1.0}]}
+    make.make(tmp_path, "ours", recipe=apart, tuned=tried)
+    shown = " ".join(make.report(tmp_path).split())
+    assert ("What a method adds outside the decoder, or unfreezes, learns at 0.1 of the rate" in shown) == told
 
 
 def test_mixing_one_setting_keeps_its_rates(tuned):

@@ -170,6 +170,9 @@ def rates_sheet(group: Group, table: pd.DataFrame) -> Sheet:
         notes.append(
             f"A backbone that is trained whole learns at {factor:g} of the rate, unless its row says otherwise."
         )
+    factor = group.spec.recipe.optimizer.adaptation_factor
+    if factor != 1:
+        notes.append(f"What a method adds outside the decoder, or unfreezes, learns at {factor:g} of the rate.")
     return _sheet(table, views, notes)
 
 

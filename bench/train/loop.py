@@ -51,24 +51,23 @@ def learning_rate(schedule: Schedule, step: int, total: int) -> float:
 
 
 def make_optimizer(model: MultiTaskModel, recipe: Recipe, batch_size: int) -> torch.optim.Optimizer:
-    """Over the trainable parameters alone: frozen ones get neither state nor decay. New parameters come before those
-    of the backbone, so that the first group's rate is the recipe's own."""
+    """Over the trainable parameters alone: frozen ones get neither state nor decay. What learns at the recipe's own
+    rate, the decoder at least, comes first, so that the first group's rate is that."""
     settings = recipe.optimizer
     lr = settings.lr * (batch_size / settings.base_batch_size if settings.base_batch_size else 1)
-    factor = model.backbone_factor or settings.backbone_factor
-    slowed = model.pretrained() if factor != 1 and model.trains_whole_backbone() else set()
-    found: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    factors = {"decoder": 1.0, "adaptation": settings.adaptation_factor, "backbone": settings.adaptation_factor}
+    if model.trains_whole_backbone():
+        factors["backbone"] = model.backbone_factor or settings.backbone_factor
+    roles = model.roles()
+    found: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
+            factor = factors[roles[name]]
             exempt = p.dim() <= 1 and not settings.decay_one_dimensional
-            found.setdefault((name in slowed, exempt), []).append(p)
+            found.setdefault((factor != 1, factor, exempt), []).append(p)
     groups = [
-        {
-            "params": parameters,
-            "lr": lr * (factor if slow else 1),
-            "weight_decay": 0.0 if exempt else settings.weight_decay,
-        }
-        for (slow, exempt), parameters in sorted(found.items(), key=lambda item: item[0])
+        {"params": parameters, "lr": lr * factor, "weight_decay": 0.0 if exempt else settings.weight_decay}
+        for (_, factor, exempt), parameters in sorted(found.items(), key=lambda item: item[0])
     ]
     if settings.name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=settings.momentum)

@@ -130,6 +130,8 @@ def _recipes() -> Iterator[tuple[str, ...]]:
             rate += f" at batch {r.optimizer.base_batch_size}"
         if r.optimizer.backbone_factor != 1:
             rate += f" (times {r.optimizer.backbone_factor:g} in a backbone trained whole)"
+        if r.optimizer.adaptation_factor != 1:
+            rate += f" (times {r.optimizer.adaptation_factor:g} in what a method adds)"
         length = f"{r.epochs} epochs" if r.epochs else f"{r.steps} steps"
         yield name, r.title, _dim(r.source), f"{rate}, {r.schedule.name}, batch {r.batch_size}, {length}"
 

@@ -188,6 +188,44 @@ def test_a_methods_own_share_of_the_rate_goes_before_the_recipes(build, name, ow
         assert rates[id(p)] == pytest.approx(0.3 * (expected if parameter in pretrained else 1)), parameter
 
 
+@pytest.mark.parametrize("expression", ["ours", "mtlora", "bitfit", "decoder_only", "multi_task_full"])
+@pytest.mark.parametrize("factor", [0.1, 1.0, 4.0])
+def test_what_a_method_adds_learns_at_its_own_share_of_the_rate(build, expression, factor):
+    model = build(expression, size=SIZE)
+    settings = Optimizer(
+        name="adamw",
+        lr=0.3,
+        backbone_factor=0.02,
+        adaptation_factor=factor,
+        weight_decay=0.1,
+        decay_one_dimensional=False,
+    )
+    groups = make_optimizer(model, recipe(optimizer=settings), 2).param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    apart = set()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decodes = name.startswith("decoder.") and ".mixer." not in name
+            share = 1 if decodes else 0.02 if expression == "multi_task_full" else factor
+            assert rates.pop(id(p)) == pytest.approx(0.3 * share), name
+            assert decay[id(p)] == (0.1 if p.dim() > 1 else 0), name
+            apart |= set() if decodes else {name}
+    assert not rates
+    assert groups[0]["lr"] == pytest.approx(0.3)  # the history's
+    assert bool(apart) == (expression != "decoder_only")
+    assert any(name.startswith("decoder.mixer.") for name in apart) == (expression == "ours")
+
+
+def test_one_rate_for_all_keeps_the_parameters_in_one_order(build):
+    """A checkpoint's optimizer state goes by position."""
+    model = build("mtlora", size=SIZE)
+    (group,) = make_optimizer(model, recipe(optimizer=Optimizer(name="adamw", lr=0.3)), 2).param_groups
+    expected = [name for name, p in model.named_parameters() if p.requires_grad]
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert [names[id(p)] for p in group["params"]] == expected
+
+
 def test_the_rates_of_all_groups_follow_the_schedule(trainer):
     settings = Optimizer(name="sgd", lr=0.3, backbone_factor=0.1)
     trainer = trainer("multi_task_full", total=10, optimizer=settings)
