@@ -26,8 +26,7 @@ class Optimizer(Strict):
     not suit another: the methods concerned have an option of this name that goes before.
 
     `adaptation_factor`: the same for what a method adds, and for the part of the backbone that it unfreezes: all that
-    is trained outside the decoder, but for a backbone trained whole. 1, one rate for a method and its decoder, is what
-    the papers have; it may exceed 1 (LoRA+, Hayou et al., 2024, has rates apart within an adapter)."""
+    is trained outside the decoder, but for a backbone trained whole. It may exceed 1."""
 
     name: Literal["adamw", "adam", "sgd"]
     lr: Positive | None = None  # None where the recipe tunes it
